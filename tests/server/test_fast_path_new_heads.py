@@ -381,7 +381,7 @@ async def test_a_token_ends_for_new_jobs_too(make: Make, fal: FakeFal) -> None:
     route.grant.deadline = 0  # type: ignore[attr-defined]
     route.grant.expires_at = 0  # type: ignore[attr-defined]
     for request_id in jobs[3:]:
-        assert await client.status(poll_request(request_id, line)) == 200  # it is verified again
+        assert await client.status(poll_request(request_id, line)) == 401
     assert proxy.hits == 2
 
 
