@@ -1,4 +1,5 @@
-"""CPU time of a poll and a submit on the fast path, in microseconds, without sockets.
+"""CPU time of a poll and a submit on the fast path, and of polls with new heads, in microseconds,
+without sockets.
 
 Run it with `make bench`. A client's bytes go to the real server protocol of a real application,
 fal's to a real pooled connection. Only the transports are replaced: they record the last write.
@@ -11,9 +12,10 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,6 +31,7 @@ from falproxy.proxy.upstream import UPSTREAM
 from falproxy.server.fast_path.protocol import FastPathRunner
 
 CALLS_PER_ROUND = 2000
+NEW_CALLS_PER_ROUND = 500
 ROUNDS = 7
 SETTLE_SECONDS = 0.01  # until aiohttp's task waits for the next request
 LEDGER_SECONDS = 0.7  # until the ledger has written
@@ -67,6 +70,14 @@ def request(method: str, target: str, body: bytes = b"", *extra: str) -> bytes:
     if body:
         lines += ["content-type: application/json", f"content-length: {len(body)}"]
     return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def poll_of_new_job(number: int) -> bytes:
+    return request("GET", STATUS.replace(JOB, f"{number:08x}{JOB[8:]}"))
+
+
+def poll_of_new_browser(number: int) -> bytes:
+    return request("GET", STATUS, b"", f"cookie: session={number}")
 
 
 REQUESTS = {
@@ -156,6 +167,26 @@ class Proxy:
         client.connection_lost(None)
         return median(times)
 
+    async def measure_new(self, make: Callable[[int], bytes]) -> float:
+        """Return the CPU seconds of one request of which each has another head, the median of all
+        rounds. They may take any path."""
+        client, transport = await self.connect()
+        times, number = [], count()
+        for _ in range(ROUNDS):
+            gc.collect()
+            started = time.thread_time()
+            for _ in range(NEW_CALLS_PER_ROUND):
+                self.fal_transport.written = transport.written = b""
+                client.data_received(make(next(number)))
+                while not self.fal_transport.written:
+                    await asyncio.sleep(0)
+                self.fal.data_received(RESPONSE)
+                while not transport.written:
+                    await asyncio.sleep(0)
+            times.append((time.thread_time() - started) / NEW_CALLS_PER_ROUND)
+        client.connection_lost(None)
+        return median(times)
+
 
 @asynccontextmanager
 async def running(settings: Settings) -> AsyncIterator[Proxy]:
@@ -186,6 +217,8 @@ async def main() -> int:
         async with running(settings) as proxy:
             for name, data in REQUESTS.items():
                 show(name, await proxy.measure(data))
+            show("poll of a new job", await proxy.measure_new(poll_of_new_job))
+            show("poll of a new browser", await proxy.measure_new(poll_of_new_browser))
         claims = {"sub": "user", "aud": "authenticated", "exp": time.time() + 3600}
         line = f"authorization: Bearer {jwt.encode(claims, SECRET)}"
         auth = replace(settings.auth, jwt_secret=SECRET)

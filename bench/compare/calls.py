@@ -13,16 +13,32 @@ import jwt
 PROXY_PATH = "/api/fal/proxy"
 ENDPOINT = "fal-ai/flux/dev"
 APP = "fal-ai/flux"
+SMALL_APP = "fal-ai/flux-small"  # whose results are not large
 STATUS_BYTES = 400
 SUBMIT_BYTES = 1_000
 RESULT_BYTES = 3_000_000
 UPLOAD_BYTES = 8_000_000
 PREFIX = "data:image/png;base64,"
 NOISE = bytes(number * number * 7 % 251 for number in range(4093))
+# Of fal's client in a browser. The cookie differs by user.
 HEADERS = {
     "accept": "application/json",
-    "user-agent": "@fal-ai/client/1.10.1 (falproxy bench)",
+    "accept-encoding": "gzip, deflate, br, zstd",
+    "accept-language": "en-US,en;q=0.9",
+    "connection": "keep-alive",
+    "cookie": "theme=dark; session=0e4ac71b52d84cf0a6f3a1c9-@USER@",
+    "referer": "https://app.example.com/studio/projects/42",
+    "sec-ch-ua": '"Chromium";v="142", "Not_A Brand";v="99"',
+    "sec-ch-ua-mobile": "?0",
+    "sec-ch-ua-platform": '"Linux"',
+    "sec-fetch-dest": "empty",
+    "sec-fetch-mode": "cors",
+    "sec-fetch-site": "same-origin",
+    "user-agent": "Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36 (KHTML, like Gecko) "
+    "Chrome/142.0.0.0 Safari/537.36",
 }
+# What wrk.lua replaces by the ids of jobs.
+ANY_JOB = "@JOB@"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +46,7 @@ class Call:
     """A request through a proxy to fal.
 
     length: bytes of the response body, if known.
+    plan: of wrk.lua.
     jobs: request ids, each of which may replace the first one.
     """
 
@@ -38,7 +55,13 @@ class Call:
     body: bytes = b""
     length: int | None = None
     extra: tuple[tuple[str, str], ...] = ()
+    plan: str = "turns"
     jobs: tuple[str, ...] = ()
+
+    @property
+    def counted(self) -> float:
+        """How many requests the upstream counts for one: it proxies submits to itself."""
+        return {"submits": 2.0, "mixed": 1.1}.get(self.plan, 1.0)
 
     def with_headers(self, extra: dict[str, str]) -> "Call":
         return replace(self, extra=tuple(extra.items()))
@@ -66,19 +89,36 @@ class Call:
         return "\r\n".join((*lines, "\r\n")).encode() + self.body
 
 
-def poll(request_id: str) -> Call:
+def poll(request_id: str, plan: str = "turns") -> Call:
     return Call(
         "GET",
         f"https://queue.fal.run/{APP}/requests/{request_id}/status?logs=0",
         length=STATUS_BYTES,
+        plan=plan,
     )
+
+
+def mixed(request_id: str) -> Call:
+    """Return the poll of the mixed plan, with the body of its submits."""
+    return replace(poll(request_id, "mixed"), body=submit().body)
+
+
+def small_result_url(request_id: str) -> str:
+    return f"https://queue.fal.run/{SMALL_APP}/requests/{request_id}"
+
+
+def small_result() -> bytes:
+    image = {"url": "https://v3.fal.media/files/lion/0123456789abcdef.png", "width": 1024}
+    document = {"images": [image | {"height": 1024, "content_type": "image/png"}] * 4, "seed": 7}
+    return json.dumps(document | {"prompt": "a lighthouse at dusk", "timings": {}}).encode()
 
 
 def submit() -> Call:
     document = {"prompt": "", "image_size": "square_hd", "num_images": 1, "seed": 7}
     missing = SUBMIT_BYTES - len(json.dumps(document))
     document["prompt"] = ("a lighthouse at dusk, " * 50)[:missing]
-    return Call("POST", f"https://queue.fal.run/{ENDPOINT}", json.dumps(document).encode())
+    body = json.dumps(document).encode()
+    return Call("POST", f"https://queue.fal.run/{ENDPOINT}", body, plan="submits")
 
 
 def result(request_id: str) -> Call:

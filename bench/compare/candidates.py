@@ -28,6 +28,13 @@ EVERY_OPTION = {
     "FALPROXY_CHECK_REMOTE_IMAGES": "1",
     "FALPROXY_REHOST": "disk",
 }
+# Submits wait for the owner of the request, the rate and the budgets.
+LIMITED = {
+    "FALPROXY_ACCESS_KEYS": f"bench:{SECRET}",
+    "FALPROXY_RATE_LIMIT": "900000000/day",
+    "FALPROXY_BUDGET": "100000000/day",
+    "FALPROXY_TOTAL_BUDGET": "100000000/day",
+}
 
 
 @dataclass(frozen=True, slots=True)

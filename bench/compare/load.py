@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from compare.calls import PROXY_PATH, Call
+from compare.calls import ANY_JOB, ENDPOINT, HEADERS, PROXY_PATH, Call, small_result_url
 from compare.candidates import Started
 from compare.connection import BadResponseError, Connection
 from compare.process import PARTS
@@ -40,7 +40,7 @@ class Sample:
 
 async def wrk_slice(it: Started, call: Call, upstream: Upstream, seconds: int) -> Sample:
     """Run wrk. The upstream counts the requests in the middle of its run, so that as many calls are
-    in progress at the end as at the start. It counts a submit twice, since it proxies to itself.
+    in progress at the end as at the start.
 
     Raises: BadResponseError, a response is not 200, or is too short.
     """
@@ -54,10 +54,14 @@ async def wrk_slice(it: Started, call: Call, upstream: Upstream, seconds: int) -
             "PATH": os.environ["PATH"],
             "BENCH_METHOD": call.method,
             "BENCH_PATH": PROXY_PATH,
+            "BENCH_PLAN": call.plan,
             "BENCH_BODY": call.body.decode(),
+            "BENCH_TARGET": call.target.replace(call.jobs[0], ANY_JOB),
+            "BENCH_SUBMIT": f"https://queue.fal.run/{ENDPOINT}",
+            "BENCH_RESULT": small_result_url(ANY_JOB),
             "BENCH_JOBS": " ".join(call.jobs),
             "BENCH_HEADERS": "".join(
-                f"{name}: {value}\n" for name, value in call.headers().items()
+                f"{name}: {value}\n" for name, value in {**HEADERS, **dict(call.extra)}.items()
             ),
         },
     )
@@ -68,8 +72,7 @@ async def wrk_slice(it: Started, call: Call, upstream: Upstream, seconds: int) -
     cpu, wall = it.tree.cpu() - cpu, time.monotonic() - started
     output, _ = await process.communicate()
     check(json.loads(output.splitlines()[-1]), call)
-    per_call = 2 if call.method == "POST" else 1
-    return Sample(requests // per_call, cpu, wall, it.tree.peak())
+    return Sample(int(requests / call.counted), cpu, wall, it.tree.peak())
 
 
 def check(summary: dict[str, int], call: Call) -> None:
@@ -77,7 +80,11 @@ def check(summary: dict[str, int], call: Call) -> None:
         raise BadResponseError(
             f"wrk had {summary['status']} bad statuses, {summary['broken']} errors"
         )
-    if call.length and summary["bytes"] < summary["requests"] * call.length:
+    if (
+        call.length
+        and call.plan != "mixed"
+        and summary["bytes"] < summary["requests"] * call.length
+    ):
         raise BadResponseError("responses were too short")
 
 

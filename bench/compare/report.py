@@ -19,8 +19,12 @@ READING = "These numbers have not been interpreted yet."
 MB = 1_000_000
 LOADS = {
     "polls": "status poll",
+    "new": "poll, new head",
+    "strangers": "poll, new head and browser",
     "tokens": "status poll with a JWT",
     "submits": "submit",
+    "limited": "submit with limits",
+    "mixed": "mixed",
     "responses": "3 MB responses",
     "uploads": "8 MB uploads",
 }
@@ -47,6 +51,10 @@ METHOD = """\
   a response of another status than 200, or of the wrong length, is left out of that scenario. An
   upload is a run with an image in it, which falproxy checks before it sends it on; the others do
   not.
+* Polls name 1,024 jobs of 64 users in turn, in requests of some 900 bytes as browsers send them.
+  New head: each poll names another job. New head and browser: its cookie is new as well. With
+  limits: submits with an access key, a rate, a budget of the caller and one of all. Mixed: 10 %
+  submits, 80 % polls of which each head comes 12 times, 10 % results.
 * With a JWT: a poll has the token of a Supabase user, which falproxy verifies, and the job has to
   be that user's. The others ignore the token.
 * 1 connection: 300 polls one after the other, in {repeats} turns; what is added is the difference

@@ -1,5 +1,6 @@
 """The scenarios: the candidates, their calls, and slices of all candidates in turns."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -11,6 +12,7 @@ from statistics import quantiles
 from compare import calls
 from compare.calls import Call
 from compare.candidates import (
+    LIMITED,
     SECRET,
     TWO_WORKERS,
     Candidate,
@@ -27,7 +29,8 @@ from compare.streams import streams_slice
 from compare.upstream import Upstream
 
 STARTS = 7
-JOBS = 200  # polled in turn
+JOBS = 1024  # polled in turn
+SUBMITS_AT_ONCE = 32
 STREAM_REPEATS = 3
 WARM_UP_SECONDS = 1
 FAILURES = (BadResponseError, TimeoutError, OSError, RuntimeError)
@@ -79,10 +82,18 @@ async def submitted(it: Started) -> str:
     return str(json.loads(body)["request_id"])
 
 
+async def submitted_jobs(it: Started) -> list[str]:
+    jobs: list[str] = []
+    while len(jobs) < JOBS:
+        jobs += await asyncio.gather(*(submitted(it) for _ in range(SUBMITS_AT_ONCE)))
+    return jobs
+
+
 async def participant(it: Started, call: Call) -> Participant:
     """Try the call once. Raises: BadResponseError, the response is wrong."""
     call = call.with_headers(it.candidate.headers)
-    response, body = await request_once(it.port, call.wire(it.port))
+    trial = replace(call, body=b"") if call.method == "GET" else call
+    response, body = await request_once(it.port, trial.wire(it.port))
     if response.status != 200:
         raise BadResponseError(f"status {response.status}")
     if call.length is None:
@@ -102,7 +113,7 @@ async def participants(
         for candidate in candidates:
             try:
                 it = await stack.enter_async_context(started(candidate, plan.folder))
-                jobs = [await submitted(it) for _ in range(JOBS)]
+                jobs = await submitted_jobs(it)
                 call = replace(make(jobs[0]), jobs=tuple(jobs))
                 plan.results.at_rest[scenario, candidate.name] = it.tree.rss()
                 ready.append(await participant(it, call))
@@ -179,6 +190,37 @@ async def tokens(plan: Plan) -> None:
         for each in plan.candidates
     )
     await loads(plan, "tokens", calls.poll, partial(by_wrk, plan.upstream), candidates)
+
+
+async def new_heads(plan: Plan) -> None:
+    """Polls of which each names another job. Owners are not checked: nobody submitted the jobs."""
+    make = partial(calls.poll, plan="new")
+    await loads(plan, "new", make, partial(by_wrk, plan.upstream), without_owners(plan))
+
+
+async def strangers(plan: Plan) -> None:
+    """Polls of which each names another job and comes from another browser."""
+    make = partial(calls.poll, plan="strangers")
+    await loads(plan, "strangers", make, partial(by_wrk, plan.upstream), without_owners(plan))
+
+
+async def mixed(plan: Plan) -> None:
+    """Submits, 12 polls of each job, and results."""
+    await loads(plan, "mixed", calls.mixed, partial(by_wrk, plan.upstream), without_owners(plan))
+
+
+def without_owners(plan: Plan) -> list[Candidate]:
+    return [each for each in plan.candidates if each.name != "falproxy-all"]
+
+
+async def limited(plan: Plan) -> None:
+    """Submits of callers with keys, limits and budgets, whose jobs are their own."""
+    candidates = [
+        replace(each, env=each.env | LIMITED, headers=each.headers | {"x-falproxy-key": SECRET})
+        for each in without_owners(plan)
+    ]
+    work = partial(by_wrk, plan.upstream)
+    await loads(plan, "limited", lambda _: calls.submit(), work, candidates)
 
 
 async def submits(plan: Plan) -> None:
@@ -262,8 +304,12 @@ async def starts(plan: Plan) -> None:
 
 SCENARIOS: dict[str, Callable[[Plan], Awaitable[None]]] = {
     "polls": polls,
+    "new": new_heads,
+    "strangers": strangers,
     "tokens": tokens,
     "submits": submits,
+    "limited": limited,
+    "mixed": mixed,
     "responses": responses,
     "uploads": uploads,
     "streams": streams,

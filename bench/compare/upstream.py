@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Self
 
-from compare.calls import status_document, submitted_document, write_result
+from compare.calls import small_result, status_document, submitted_document, write_result
 from compare.namespace import QUEUE, RUN
 from compare.process import running
 
@@ -59,6 +59,7 @@ class Upstream:
             "STATUS": status_document(ANY_ID).decode().replace(ANY_ID, "$polled"),
             "SUBMITTED": submitted_document(ANY_ID).decode().replace(ANY_ID, "$id"),
         }
+        words["SMALL_RESULT"] = small_result().decode()
         config = work / "nginx.conf"
         config.write_text(fill(HERE / "upstream.conf", words))
         nginx = ("nginx", "-e", str(work / "error.log"), "-p", str(work), "-c", str(config))

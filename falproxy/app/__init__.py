@@ -80,7 +80,6 @@ from falproxy.server.fast_path.protocol import FastPathRunner as FastPathRunner
 from falproxy.server.fast_path.route_cache import RouteCache
 from falproxy.server.limits import CONNECTION_LIMITS, ConnectionLimits
 from falproxy.settings import Settings
-from falproxy.stores.cache.result_cache import ResultCache
 from falproxy.trusted_proxies import TrustedProxies
 from falproxy.web.estimate import estimate_handler
 from falproxy.web.health import Drain
@@ -220,7 +219,7 @@ def add_proxy(
     watch_health(app, settings, calls, ledger_writer)
     direct_write = create_direct_write(app) if is_standalone else None
     if direct_write is not None and fast_path_enabled(settings):
-        enable_fast_path(app, settings, direct_write, calls.result_cache)
+        enable_fast_path(app, settings, direct_write)
 
     outermost = [*tracing, *outermost_layers(settings, metrics, direct_write)]
     add_call_routes(app, settings, dependencies, prefix, create_handler, outermost)
@@ -310,20 +309,9 @@ def fast_path_enabled(settings: Settings) -> bool:
     return settings.server.fast_path and has_pool and is_supported()
 
 
-def enable_fast_path(
-    app: web.Application,
-    settings: Settings,
-    direct_write: DirectWrite,
-    result_cache: ResultCache | None,
-) -> None:
+def enable_fast_path(app: web.Application, settings: Settings, direct_write: DirectWrite) -> None:
     """Add the route cache, which the server of `falproxy serve` uses for repeated requests."""
-
-    def is_virtual_request(request_id: str) -> bool:
-        if result_cache is None:
-            return False
-        return result_cache.virtual_requests.peek(request_id) is not None
-
     route_cache = app[ROUTE_CACHE] = RouteCache(
-        app[METRICS], direct_write, settings.server.max_body, is_virtual_request
+        app[METRICS], direct_write, settings.server.max_body
     )
     app.cleanup_ctx.append(route_cache.cleanup_context)

@@ -12,7 +12,7 @@ from aiohttp.typedefs import Handler, Middleware
 from falproxy.errors import ProxyError
 from falproxy.parse_digits import DIGITS_MAX
 from falproxy.proxy.call import CALL, ERROR_CODE, REQUEST_ID, Call
-from falproxy.proxy.head_only import head_only
+from falproxy.proxy.head_only import any_request_id
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def method_check_middleware(check: Callable[[web.Request], None]) -> Middleware:
     """Create the middleware that refuses methods that a path does not support, and requests whose
     end is uncertain."""
 
-    @head_only
+    @any_request_id
     @web.middleware
     async def check_method(request: web.Request, handler: Handler) -> web.StreamResponse:
         check_framing(request)
@@ -82,7 +82,7 @@ def check_framing(request: web.Request) -> None:
 def dialect_middleware(dialect: Dialect) -> Middleware:
     """Create the middleware that reads requests and writes responses in a dialect."""
 
-    @head_only
+    @any_request_id
     @web.middleware
     async def read_and_write(request: web.Request, handler: Handler) -> web.StreamResponse:
         request[CALL] = await dialect.read(request)
@@ -94,7 +94,7 @@ def dialect_middleware(dialect: Dialect) -> Middleware:
 def handle_errors(refuse: ErrorResponder) -> Middleware:
     """Create the middleware that turns exceptions into responses."""
 
-    @head_only
+    @any_request_id
     @web.middleware
     async def errors_to_responses(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
@@ -115,7 +115,7 @@ def handle_unrouted_errors(
     layers: middleware around these responses, innermost first.
     """
 
-    @head_only
+    @any_request_id
     @web.middleware
     async def unrouted_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:

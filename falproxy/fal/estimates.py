@@ -102,13 +102,16 @@ def estimate_units(price: Price, inputs: Mapping[str, object]) -> Decimal | None
 def count_outputs(inputs: Mapping[str, object]) -> int:
     """Return the number of images or videos that a call makes. Of several inputs, the largest
     counts: the model may ignore the others."""
-    count = max(map(parse_count, map(inputs.get, COUNT_INPUTS)))
+    counts = [parse_count(inputs[name]) for name in COUNT_INPUTS if name in inputs]
+    count = max(counts, default=1)
     return min(count * parse_count(inputs.get(RUN_COUNT_INPUT)), COUNT_MAX)
 
 
 def parse_count(value: object) -> int:
     """Return a number of outputs; 1 if it is missing or invalid. Of several values in a query, the
     largest counts."""
+    if type(value) is int:  # mostly
+        return min(max(value, 1), NUMBER_MAX)
     numbers = (parse_number(each) for each in (value if isinstance(value, list) else [value]))
     whole = (int(number) for number in numbers if number is not None and number == int(number))
     return max(whole, default=1) or 1

@@ -34,7 +34,7 @@ from falproxy.proxy.call import (
     Call,
 )
 from falproxy.proxy.client_address import client_address
-from falproxy.proxy.head_only import NEEDS_EVERY_REQUEST, head_only
+from falproxy.proxy.head_only import NEEDS_EVERY_ID, NEEDS_EVERY_REQUEST, any_request_id
 from falproxy.stores.keys import is_secret
 from falproxy.stores.keys.known_keys import MANAGED_KEY_METHOD, KnownKeys
 
@@ -87,7 +87,7 @@ def authenticate(
     methods = [*authenticators, *([] if known_keys is None else [MANAGED_KEY_METHOD])]
     message = credentials_message(methods)
 
-    @head_only
+    @any_request_id
     @web.middleware
     async def authenticate_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         seconds = keys.seconds_to_wait(request)
@@ -237,6 +237,7 @@ def hook_authenticator(hook: AuthHook) -> Authenticator:
     """
 
     async def authenticate_by_hook(request: web.Request) -> str | None:
+        request[NEEDS_EVERY_ID] = True
         called_at = time.monotonic()
         identity = await hook(request)
         if isinstance(identity, Identity) and identity.valid_for > 0:
@@ -270,7 +271,7 @@ def authorize(policy: Policy) -> Middleware:
 
     check_cached = lru_cache(CACHE_SIZE)(check)  # for repeated polls: the policy never changes
 
-    @head_only
+    @any_request_id
     @web.middleware
     async def authorize_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         call = request[CALL]

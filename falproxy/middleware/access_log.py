@@ -27,7 +27,7 @@ from falproxy.proxy.call import (
 )
 from falproxy.proxy.client_address import client_address
 from falproxy.proxy.forward import DIRECT_WRITE, DirectWrite, RelayedResponse
-from falproxy.proxy.head_only import head_only
+from falproxy.proxy.head_only import any_request_id
 from falproxy.proxy.headers import NOSNIFF
 from falproxy.proxy.local_responses import FAL_REQUEST_ID
 from falproxy.proxy.upstream import PREFETCHED
@@ -58,7 +58,7 @@ def access_log(metrics: Metrics, direct_write: DirectWrite | None = None) -> Mid
     """
     ids = IdGenerator()
 
-    @head_only
+    @any_request_id
     @web.middleware
     async def access_log_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         if direct_write is not None and len(request.match_info.apps) == 1:
@@ -108,7 +108,7 @@ def identify_requests() -> Middleware:
     """Middleware for paths that are not logged as calls: set the request id and the start time,
     which responses have as headers."""
 
-    @head_only
+    @any_request_id
     @web.middleware
     async def identify_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         identify_request(request)

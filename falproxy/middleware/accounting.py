@@ -36,7 +36,7 @@ from falproxy.proxy.call import (
     LateOutcome,
 )
 from falproxy.proxy.forward import RelayedResponse, add_headers
-from falproxy.proxy.head_only import head_only
+from falproxy.proxy.head_only import any_request_id
 from falproxy.proxy.local_responses import FAL_REQUEST_ID, LocalDocument
 from falproxy.proxy.prices import COST_HEADER, SAVED_HEADER, PriceBook
 from falproxy.stores.cache import CachedResult
@@ -111,7 +111,7 @@ def account_calls(writer: LedgerWriter, prices: PriceBook, metrics: Metrics) -> 
     cost to the responses."""
     pending_charges, ids = PendingCharges(), IdGenerator()
 
-    @head_only
+    @any_request_id
     @web.middleware
     async def account_calls_middleware(
         request: web.Request, handler: Handler

@@ -21,7 +21,7 @@ from falproxy.middleware.call_limits import CALL_LIMITS, ON_ADMITTED, OnAdmitted
 from falproxy.middleware.image_inputs import INSPECTED_INPUT, NOT_INSPECTED, InspectedInput
 from falproxy.proxy.call import CACHE_OUTCOME, CALL, LATE_OUTCOME, OWNER, REPEAT_IS_FREE, Call
 from falproxy.proxy.forward import RelayedResponse
-from falproxy.proxy.head_only import head_only
+from falproxy.proxy.head_only import any_request_id
 from falproxy.proxy.local_responses import (
     CACHE_STATUS,
     LocalDocument,
@@ -58,7 +58,7 @@ def cache_results(
 ) -> Middleware:
     """Middleware: respond to a model call from the cache, or share an equal call in flight."""
 
-    @head_only
+    @any_request_id
     @web.middleware
     async def result_cache_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         call = request[CALL]

@@ -11,7 +11,7 @@ from aiohttp.typedefs import Handler, Middleware
 from falproxy.errors import ProxyError
 from falproxy.parsers import ANY_ORIGIN
 from falproxy.proxy.forward import add_headers
-from falproxy.proxy.head_only import head_only
+from falproxy.proxy.head_only import any_request_id
 
 ALLOWED_METHODS = "GET, POST, PUT, DELETE"
 # Request headers of the browser clients that the proxy serves (fal's, OpenAI's, the AI SDK), and of
@@ -56,7 +56,7 @@ def cors(origins: Sequence[str]) -> Middleware:
     """
     allowed = origins_pattern(origins)
 
-    @head_only
+    @any_request_id
     @web.middleware
     async def cors_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         origin = request.headers.get(hdrs.ORIGIN, "")
@@ -85,7 +85,7 @@ def check_origin(origins: Sequence[str]) -> Middleware:
     """
     allowed = origins_pattern(origins)
 
-    @head_only
+    @any_request_id
     @web.middleware
     async def check_origin_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         if is_cross_origin(request) and not allowed.fullmatch(request.headers.get(hdrs.ORIGIN, "")):
@@ -124,7 +124,7 @@ def check_host(names: Iterable[str]) -> Middleware:
         name = host_name(host)
         return is_local_name(name) or allowed.fullmatch(name) is not None
 
-    @head_only
+    @any_request_id
     @web.middleware
     async def check_host_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         if not all(map(is_allowed, request.headers.getall(hdrs.HOST, ()))):

@@ -21,7 +21,7 @@ from falproxy.fal.target import Operation
 from falproxy.proxy.call import CACHE_OUTCOME, CALL, OWNER, Call
 from falproxy.proxy.event_recording import EVENT_STREAM, RecordedEventStream
 from falproxy.proxy.forward import RelayedResponse
-from falproxy.proxy.head_only import NEEDS_EVERY_REQUEST, head_only
+from falproxy.proxy.head_only import NEEDS_EVERY_REQUEST, any_request_id
 from falproxy.proxy.headers import HOP_BY_HOP
 from falproxy.proxy.idempotency_key import (
     CALL_NUMBER,
@@ -75,7 +75,7 @@ def keep_idempotent(calls: KeyedCalls, account: Middleware) -> Middleware:
     """
     quota = SpoolQuota(SPOOL_MAX)
 
-    @head_only  # except for requests with a key
+    @any_request_id  # except for requests with a key
     @web.middleware
     async def idempotency_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         if IDEMPOTENCY_KEY not in request.headers:
@@ -93,7 +93,7 @@ def keep_idempotent(calls: KeyedCalls, account: Middleware) -> Middleware:
 def record_sending() -> Middleware:
     """Middleware, innermost: record that a call with a key is about to be sent."""
 
-    @head_only
+    @any_request_id
     @web.middleware
     async def record_sending_middleware(
         request: web.Request, handler: Handler

@@ -32,7 +32,7 @@ from falproxy.media.image_rules import (
     leading_bytes,
 )
 from falproxy.proxy.call import CALL, IMAGE_LIMITS, PRICED_INPUTS
-from falproxy.proxy.head_only import head_only
+from falproxy.proxy.head_only import any_request_id
 from falproxy.proxy.headers import is_identity
 from falproxy.spool import Spool, SpoolQuota, spool_body
 from falproxy.stores.cache.eligibility import CacheEligibility
@@ -94,7 +94,7 @@ def check_images(
 
     parse_slots, quota = asyncio.Semaphore(PARSE_CONCURRENCY), SpoolQuota(SPOOL_MAX)
 
-    @head_only
+    @any_request_id
     @web.middleware
     async def check_images_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         call = request[CALL]

@@ -38,7 +38,7 @@ from falproxy.middleware.limiter import CallReservation, Limiter, LimitsUnavaila
 from falproxy.middleware.live_reservations import attach_session, first_seconds
 from falproxy.proxy.call import CALL, FOLLOWING_INPUTS, OPENED_SESSION, PRINCIPAL, RATES_COUNTED
 from falproxy.proxy.forward import RelayedResponse, add_headers
-from falproxy.proxy.head_only import NEEDS_EVERY_REQUEST, head_only
+from falproxy.proxy.head_only import NEEDS_EVERY_REQUEST, any_request_id
 from falproxy.proxy.limit_fields import rate_limit_fields, report_limits
 from falproxy.proxy.local_responses import FAL_REQUEST_ID
 from falproxy.proxy.prices import PriceBook, PriceUnavailable
@@ -115,7 +115,7 @@ def add_limit_fields() -> Middleware:
     """Middleware: add the fields `RateLimit-Policy` and `RateLimit` to the response, also to an
     error."""
 
-    @head_only  # calls with limits do not use the fast path
+    @any_request_id  # calls with limits do not use the fast path
     @web.middleware
     async def limit_fields_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
@@ -133,7 +133,7 @@ def limit_rates(policy: LimitPolicy) -> Middleware:
     """Middleware: count a model call by the rates of its caller, or refuse it with 429."""
     max_cost = policy.settings.max_cost
 
-    @head_only  # for callers without limits
+    @any_request_id  # for callers without limits
     @web.middleware
     async def limit_rates_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         limits = limits_of(request, policy.settings)
@@ -160,7 +160,7 @@ def limit_tokens(policy: LimitPolicy) -> Middleware:
     not see what the token is used for."""
     settings = policy.settings
 
-    @head_only  # for other calls
+    @any_request_id  # for other calls
     @web.middleware
     async def limit_tokens_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         call = request[CALL]
@@ -196,7 +196,7 @@ def reserve_costs(policy: LimitPolicy) -> Middleware:
     """Middleware, the last one before a call is sent: reserve its part of concurrency and budgets,
     or refuse it with 402 or 429; and end the reservation when the call has ended."""
 
-    @head_only
+    @any_request_id
     @web.middleware
     async def reserve_costs_middleware(
         request: web.Request, handler: Handler
@@ -212,7 +212,7 @@ def settle_jobs(limiter: Limiter) -> Middleware:
     """Middleware: end the reservation of a job whose result is read, and have a cancelled job
     checked."""
 
-    @head_only
+    @any_request_id
     @web.middleware
     async def settle_jobs_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         call = request[CALL]

@@ -6,7 +6,6 @@ reservations that no process ends are claimed when they are due: fal is asked ab
 
 import asyncio
 import logging
-import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from aiohttp import web
 
 from falproxy.circuit_breaker import CircuitBreaker
 from falproxy.errors import CallerRefusal, TemporaryError
+from falproxy.ids import IdGenerator
 from falproxy.state_log import StateLog
 from falproxy.stores.limits import (
     Admission,
@@ -124,6 +124,7 @@ class Limiter:
         has_limits: Callable[[], bool] = lambda: True,
     ) -> None:
         self._store = store
+        self._ids = IdGenerator()
         self._has_limits = has_limits
         self._is_used = False
         self._ask = ask
@@ -184,7 +185,7 @@ class Limiter:
 
         Raises: ProxyError 503, the store is away.
         """
-        token = secrets.token_hex(16)
+        token = self._ids.next_id()
         request = ReserveRequest(token, limits, amount, LEASE)
         try:
             admission = await self._call_store(self._store.reserve(request))

@@ -9,7 +9,7 @@ from cachetools import LRUCache
 from falproxy.fal.live import HEARTBEAT_INTERVAL, is_over, session_cost, session_units
 from falproxy.metrics import Metrics
 from falproxy.middleware.live_calls import IS_ENDED, LIVE_SECONDS, LIVE_SESSION, read_document
-from falproxy.proxy.head_only import head_only
+from falproxy.proxy.head_only import any_request_id
 from falproxy.proxy.prices import PriceBook
 from falproxy.stores.ledger import Outcome
 from falproxy.stores.ledger.writer import LedgerWriter
@@ -23,7 +23,7 @@ def account_heartbeats(writer: LedgerWriter, prices: PriceBook, metrics: Metrics
     """Middleware: write the length and the cost of a session with each of its heartbeats."""
     accounting = HeartbeatAccounting(writer, prices, metrics)
 
-    @head_only
+    @any_request_id
     @web.middleware
     async def account_heartbeats_middleware(
         request: web.Request, handler: Handler

@@ -34,7 +34,7 @@ from falproxy.proxy.call import (
     Call,
 )
 from falproxy.proxy.forward import RelayedResponse
-from falproxy.proxy.head_only import head_only
+from falproxy.proxy.head_only import any_request_id
 from falproxy.proxy.headers import is_identity, is_utf8
 from falproxy.proxy.local_responses import LocalDocument, ReplayedResponse
 from falproxy.stores.live_sessions import LiveSession, LiveSessions
@@ -74,7 +74,7 @@ def check_live_calls(policy: LivePolicy, sessions: LiveSessions, key_pool: KeyPo
     """Middleware: check the endpoint or the session that a call of live video names, and record
     the sessions that are opened."""
 
-    @head_only
+    @any_request_id
     @web.middleware
     async def live_calls_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         target = request[CALL].target
@@ -216,7 +216,7 @@ def read_opened_session(max_seconds: float | None) -> Middleware:
     max_seconds: after which it is ended, which limits its cost; None for no limit.
     """
 
-    @head_only
+    @any_request_id
     @web.middleware
     async def opened_session_middleware(
         request: web.Request, handler: Handler
@@ -248,7 +248,7 @@ async def read_document(response: web.StreamResponse) -> bytes | None:
 def end_sessions() -> Middleware:
     """Middleware, innermost: respond to the heartbeats of sessions that the proxy ends."""
 
-    @head_only
+    @any_request_id
     @web.middleware
     async def end_sessions_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         if IS_ENDED in request:

@@ -30,7 +30,7 @@ from falproxy.middleware.live_reservations import (
     missing_seconds,
     reservation_name,
 )
-from falproxy.proxy.head_only import head_only
+from falproxy.proxy.head_only import any_request_id
 from falproxy.proxy.prices import PriceUnavailable
 from falproxy.stores.limits import LimitsError, Reservation
 from falproxy.stores.live_sessions import LiveSession
@@ -39,7 +39,7 @@ from falproxy.stores.live_sessions import LiveSession
 def continue_sessions(policy: LimitPolicy) -> Middleware:
     """Middleware: renew the reservation of a session with its heartbeats, or end the session."""
 
-    @head_only
+    @any_request_id
     @web.middleware
     async def continue_sessions_middleware(
         request: web.Request, handler: Handler

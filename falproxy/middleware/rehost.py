@@ -14,7 +14,7 @@ from falproxy.fal.file_urls import URL_KEY
 from falproxy.fal.target import Operation
 from falproxy.proxy.call import CALL, REHOST_STATUS, REPEAT_IS_FREE
 from falproxy.proxy.forward import DOCUMENT_MAX, JSON_TYPE, RelayedResponse
-from falproxy.proxy.head_only import head_only
+from falproxy.proxy.head_only import any_request_id
 from falproxy.proxy.local_responses import LocalDocument
 from falproxy.proxy.upstream import NO_RETRY_HEADERS
 from falproxy.spool import SpoolQuota
@@ -56,7 +56,7 @@ def rehost_outputs(rehosting: RehostConfig) -> Middleware:
     """Return the middleware that rewrites results. It handles cached results as well, whose files
     may have failed to be stored before."""
 
-    @head_only
+    @any_request_id
     @web.middleware
     async def rehost_outputs_middleware(
         request: web.Request, handler: Handler
@@ -82,7 +82,7 @@ def refuse_unstorable(rehosting: RehostConfig) -> Middleware:
     """Return the innermost middleware of the strict policy. While the storage is down it refuses
     direct calls, whose results would be paid for but could neither be sent nor be fetched later."""
 
-    @head_only
+    @any_request_id
     @web.middleware
     async def refuse_unstorable_middleware(
         request: web.Request, handler: Handler

@@ -15,7 +15,7 @@ from falproxy.fal.target import Operation, Target
 from falproxy.json_object import parse_object
 from falproxy.proxy.call import CALL, OWNER, USES_ROTATION
 from falproxy.proxy.forward import RelayedResponse
-from falproxy.proxy.head_only import head_only
+from falproxy.proxy.head_only import NEEDS_EVERY_ID, IdCheck, add_id_check, any_request_id
 from falproxy.proxy.local_responses import FAL_REQUEST_ID, ReplayedResponse
 from falproxy.stores.cache import RequestOwner
 from falproxy.stores.cache.virtual_requests import is_virtual_id
@@ -34,7 +34,7 @@ def rotate_keys(key_pool: KeyPool) -> Middleware:
     """Middleware: send each new call with the next key. A key that fal rejects is not used during a
     cooldown."""
 
-    @head_only
+    @any_request_id
     @web.middleware
     async def key_rotation_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         if request[CALL].key is None:
@@ -106,7 +106,7 @@ def require_owner(
     """Middleware: record the submitter and the fal key of queued requests, and use that key for all
     further calls about them. A request that the policy does not let through is a 404."""
 
-    @head_only
+    @any_request_id
     @web.middleware
     async def request_owner_middleware(
         request: web.Request, handler: Handler
@@ -162,6 +162,10 @@ class OwnedRequest:
     async def _send(self, stored: RequestOwner | None) -> web.StreamResponse:
         """Send the request with the key of the job. If that is unknown, with each key in turn,
         until fal knows the job."""
+        if stored is None:
+            self.request[NEEDS_EVERY_ID] = True
+        else:
+            add_id_check(self.request, has_owner(self.ownership, stored))
         call = self.request[CALL]
         is_repeatable = QUEUE_METHODS.get(call.target.operation) == call.method
         key = None if stored is None else self.key_pool.find(stored.key_mark)
@@ -186,6 +190,11 @@ class OwnedRequest:
         if not self.policy.is_strict:
             request_id = self.request[CALL].target.request_id or ""
             await self.ownership.add(request_id, RequestOwner("", key.fingerprint))
+
+
+def has_owner(ownership: RequestOwnership, owner: RequestOwner) -> IdCheck:
+    """Return a function that returns whether a job is known to have this owner and fal key."""
+    return lambda request_id: ownership.recent(request_id) == owner
 
 
 def discard(response: web.StreamResponse | None) -> None:

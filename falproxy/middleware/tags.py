@@ -8,7 +8,7 @@ from aiohttp.typedefs import Handler, Middleware
 
 from falproxy.fal.tags import TAGS_HEADER, encode_tag_value, merge_tags
 from falproxy.proxy.call import CALL, PRINCIPAL, USER, Call
-from falproxy.proxy.head_only import head_only
+from falproxy.proxy.head_only import any_request_id
 from falproxy.proxy.headers import CONNECTION, connection_header_names
 
 # Key of a tag → where its value is.
@@ -23,7 +23,7 @@ def add_tags(names: Collection[str]) -> Middleware:
     names: keys of TAG_SOURCES.
     """
 
-    @head_only
+    @any_request_id
     @web.middleware
     async def add_tags_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         own = {

@@ -5,7 +5,7 @@ from aiohttp.typedefs import Handler, Middleware
 
 from falproxy.errors import ProxyError
 from falproxy.proxy.call import OWNER, PRINCIPAL, USER
-from falproxy.proxy.head_only import head_only
+from falproxy.proxy.head_only import any_request_id
 from falproxy.proxy.user import TOKEN_OWNER_PREFIX, USER_HEADER, name_user
 
 
@@ -13,7 +13,7 @@ def identify_user() -> Middleware:
     """Middleware: set the user of a request. Dialects whose bodies have a field for it complete
     this when they have read the body."""
 
-    @head_only
+    @any_request_id
     @web.middleware
     async def identify_user_middleware(
         request: web.Request, handler: Handler

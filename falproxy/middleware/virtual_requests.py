@@ -16,7 +16,7 @@ from falproxy.fal.target import Operation, Target
 from falproxy.middleware.cache_policy import CachePolicy
 from falproxy.proxy.call import CACHE_OUTCOME, CALL, OWNER, Call
 from falproxy.proxy.forward import RelayedResponse, sync_rewrite
-from falproxy.proxy.head_only import head_only
+from falproxy.proxy.head_only import IdCheck, add_id_check, any_request_id
 from falproxy.proxy.local_responses import (
     CANCELLED_FAILURE,
     FAL_REQUEST_ID,
@@ -62,8 +62,9 @@ def serve_virtual_requests(
     """Middleware: respond to requests about virtual ids, from the cache or with fal's response
     about the shared job. Polls of fal's own ids pass through, unless their shared job goes on
     after its submitter has cancelled it."""
+    is_of_fal = id_check(result_cache)
 
-    @head_only
+    @any_request_id
     @web.middleware
     async def virtual_requests_middleware(
         request: web.Request, handler: Handler
@@ -76,6 +77,7 @@ def serve_virtual_requests(
                 call, request_id, eligibility, result_cache
             )
         else:  # a poll of fal's own id: the store is not read
+            add_id_check(request, is_of_fal)
             virtual_request = if_cancelled(result_cache.virtual_requests.peek(request_id))
         if virtual_request is None:
             return await handler(request)
@@ -88,6 +90,18 @@ def serve_virtual_requests(
         ).respond()
 
     return virtual_requests_middleware
+
+
+def id_check(result_cache: ResultCache) -> IdCheck:
+    """Return a function that returns whether an id is one of fal's, and of no job that calls
+    share."""
+
+    def is_of_fal(request_id: str) -> bool:
+        if is_virtual_id(request_id):
+            return False
+        return result_cache.virtual_requests.peek(request_id) is None
+
+    return is_of_fal
 
 
 async def find_virtual_request(

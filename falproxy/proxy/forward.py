@@ -185,12 +185,18 @@ class RelayedResponse(web.StreamResponse):
     @property
     def is_encoded(self) -> bool:
         """Whether the body is compressed, and so cannot be read here."""
-        return not is_identity(self.headers)
+        return not is_identity(self._read_headers)
+
+    @property
+    def _read_headers(self) -> CIMultiDictProxy[str] | CIMultiDict[str]:
+        """The headers of the body, without filling `headers`: the response may still be sent in
+        one write."""
+        return self.headers if self._headers_loaded else self.upstream_headers
 
     async def document(self, limit: int = DOCUMENT_MAX) -> bytes | None:
         """Return the body if it is unencoded JSON of at most `limit` bytes, else None. The body is
         relayed in either case. Raises: ProxyError 502, 504."""
-        is_json = JSON_TYPE.match(sole_value(self.headers, hdrs.CONTENT_TYPE) or "")
+        is_json = JSON_TYPE.match(sole_value(self._read_headers, hdrs.CONTENT_TYPE) or "")
         return await self.read(limit) if is_json else None
 
     async def read(self, limit: int) -> bytes | None:
@@ -282,7 +288,7 @@ class RelayedResponse(web.StreamResponse):
 
     def _is_direct(self, request: web.BaseRequest) -> bool:
         """Return whether the response is complete and unchanged, and the connection persistent."""
-        untouched = not self._headers_loaded and not self._rewrites and not self._buffered
+        untouched = not self._headers_loaded and not self._rewrites
         if not (untouched and self._upstream_response.is_complete and can_write_directly(request)):
             return False
         return request.keep_alive and request.version == HttpVersion11
@@ -299,7 +305,7 @@ class RelayedResponse(web.StreamResponse):
         transport = request.transport
         complete = False
         try:
-            body = await self.read_chunk()
+            body = b"".join((*self._buffered, await self.read_chunk()))
             if transport is None or transport.is_closing():
                 raise ConnectionResetError("The client left")
             transport.write(head + body)

@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from functools import partial
+from functools import lru_cache, partial
 from typing import Literal
 from urllib.parse import quote
 
@@ -20,7 +20,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from falproxy.errors import ProxyError, TemporaryError
 from falproxy.fal.endpoint import is_endpoint
-from falproxy.fal.estimates import SIZED_INPUTS, estimate_units, select_inputs
+from falproxy.fal.estimates import SIZED_INPUTS, TEXT_INPUTS, estimate_units, select_inputs
 from falproxy.fal.pricing import Price, cost_from_units, parse_price_list
 from falproxy.fal.target import Target
 from falproxy.proxy.call import Call
@@ -85,6 +85,9 @@ class Estimate:
 
 UNKNOWN = Quote(None)
 NO_ESTIMATE = Estimate()
+ESTIMATES_MAX = 1024  # in memory
+# Of the inputs of an estimate in memory: types, and characters.
+SIMPLE_TYPES, SIMPLE_MAX = (int, str, bool, float), 32
 RegistryPrices = Callable[[], Mapping[str, PricedModel]]
 
 
@@ -306,8 +309,27 @@ def make_estimate(found: Quote, inputs: Mapping[str, object] | None) -> Estimate
     price = found.price
     if price is None or inputs is None:
         return replace(NO_ESTIMATE, price=price)
-    units = estimate_units(price, {**(found.defaults or {}), **select_inputs(inputs)})
+    priced = {**(found.defaults or {}), **select_inputs(inputs)}
+    if price.unit != "characters":
+        priced = {name: value for name, value in priced.items() if name not in TEXT_INPUTS}
+    items = tuple((name, type(value), value) for name, value in priced.items())
+    if all(kind in SIMPLE_TYPES and len(str(value)) <= SIMPLE_MAX for _, kind, value in items):
+        return estimate_cached(price, items)
+    return estimate_priced(price, priced)
+
+
+def estimate_priced(price: Price, inputs: Mapping[str, object]) -> Estimate:
+    units = estimate_units(price, inputs)
     return Estimate(price, units, cost_from_units(price, units))
+
+
+@lru_cache(ESTIMATES_MAX)
+def estimate_cached(price: Price, items: tuple[tuple[str, type, object], ...]) -> Estimate:
+    """Estimate a call. Cached, because most calls have one of few sizes.
+
+    items: names, types and values of the inputs: 1 and True are equal, but not the same input.
+    """
+    return estimate_priced(price, {name: value for name, _, value in items})
 
 
 async def fetch_price(upstream: Upstream, endpoint: str) -> tuple[Price | None, bool]:

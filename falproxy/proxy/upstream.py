@@ -108,9 +108,7 @@ class Upstream:
             raise
 
     async def _exchange(self, call: Call, host: str) -> TransportResponse:
-        is_repeated = call.is_memoized and call.body is None
-        build = self._build_request_cached if is_repeated else self.build_request
-        request = build(call, host)
+        request = self.request_of(call, host)
         try:
             try:
                 response = await self.transport.send(request)
@@ -127,6 +125,12 @@ class Upstream:
     def breaker(self, host: str) -> CircuitBreaker | None:
         """Return the circuit breaker of a host, None for a host without a backup."""
         return self._breakers.get(host)
+
+    def request_of(self, call: Call, host: str) -> UpstreamRequest:
+        """Return the request of a call. That of a memoized call is made once."""
+        is_repeated = call.is_memoized and call.body is None
+        build = self._build_request_cached if is_repeated else self.build_request
+        return build(call, host)
 
     def build_request(self, call: Call, host: str) -> UpstreamRequest:
         key = (call.key or self._key) if needs_key(call.method, call.target) else None

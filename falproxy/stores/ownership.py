@@ -91,6 +91,10 @@ class RequestOwnership:
             message = "The request cannot be looked up now."
             raise TemporaryError(503, "store_unavailable", message, RETRY_AFTER) from error
 
+    def recent(self, request_id: str) -> RequestOwner | None:
+        """Return the owner of a request if it is in memory and in the store."""
+        return self._recent.get(request_id)
+
     async def peek(self, request_id: str) -> RequestOwner | None:
         """Return the owner of a request, None if there is none or it cannot be looked up now."""
         with suppress(StoreError):

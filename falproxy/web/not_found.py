@@ -5,7 +5,7 @@ from functools import cache
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 
-from falproxy.proxy.head_only import head_only
+from falproxy.proxy.head_only import any_request_id
 from falproxy.web.docs import PATH as DOCS
 from falproxy.web.page import DASHBOARD, REVALIDATE, SECURITY_HEADERS, STATIC_DIR
 
@@ -22,7 +22,7 @@ HEADERS = {
 }
 
 
-@head_only
+@any_request_id
 @web.middleware
 async def html_not_found(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Middleware: replace a 404 by a page if the client is a browser that navigates. Raises:

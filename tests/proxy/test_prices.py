@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
+from falproxy.fal.estimates import estimate_cost
 from falproxy.fal.keys import KeyPool
-from falproxy.fal.pricing import Price
+from falproxy.fal.pricing import Price, Unit
 from falproxy.proxy.prices import (
     NO_PRICE_TTL,
     PRICE_TTL,
@@ -21,6 +22,8 @@ from falproxy.proxy.prices import (
     PriceBook,
     PricedModel,
     PriceUnavailable,
+    Quote,
+    make_estimate,
 )
 from falproxy.proxy.upstream import Upstream, open_transport
 from falproxy.stores.price_file import ListedPrice, PriceFile
@@ -342,3 +345,33 @@ class TestPriceFile:
         file = PriceFile(tmp_path / "x" / "p")
         file.save({VIDEO: ListedPrice(VIDEO_PRICE, 5.0)})
         assert file.load() == {}
+
+
+@pytest.mark.parametrize("unit", ["images", "megapixels", "seconds", "characters"])
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {"num_images": 2},
+        {"num_images": True},
+        {"num_images": 1.0},
+        {"num_images": 2.5},
+        {"num_images": "2"},
+        {"num_images": [2, 3]},
+        {"num_images": 2, "prompt": "abc"},
+        {"num_images": 2, "prompt": "abcdef" * 1000},
+        {"image_size": "square"},
+        {"image_size": {"width": 2048, "height": 1024}},
+        {"image_size": "9" * 100},
+        {"duration": 5},
+        {"duration": "5s"},
+        {"duration": float("nan")},
+        {"width": Decimal(4096)},
+    ],
+    ids=str,
+)
+def test_a_repeated_estimate_is_the_same(unit: Unit, inputs: dict[str, object]) -> None:
+    """Estimates of equal inputs are remembered; 1 and True are equal, and no equal inputs."""
+    price = Price(Decimal("0.025"), unit)
+    for _ in range(2):
+        for other in ({"num_images": 1}, {"num_images": True}, inputs):
+            assert make_estimate(Quote(price), other).cost == estimate_cost(price, other, {})

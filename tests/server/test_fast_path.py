@@ -514,7 +514,7 @@ async def test_the_size_of_cached_routes_is_bounded(
     proxy = await make()
     client = await proxy.client()
     for number in range(30):
-        await client.request(poll(f"x-a: {'a' * 1500}", target=f"{REQUEST[:-2]}{number:02}/status"))
+        await client.request(poll(f"x-a: {'a' * 1500}{number:02}"))
     assert 2 <= len(proxy.route_cache._routes) <= 10
     proxy.route_cache.ttl = 0.0
     assert proxy.route_cache._size <= 60_000

@@ -6,15 +6,20 @@ requests with the same head are sent to fal on an idle connection, without enter
 request handling. Anything unusual in the request or the response falls back to the normal path,
 together with the response already received.
 
+A poll's request id is left out of its key, so that polls of other jobs, whose heads are the same
+otherwise, take the fast path too. The id must be a UUID, and the only one of its kind in the head.
+
 Consequences:
 
 * The route of a request is cached only if each middleware that the request passed is declared with
   `head_only`: it decides by the head alone, acts only on requests that the fast path does not take,
-  or the fast path does its work itself (accounting, image check).
+  or the fast path does its work itself (accounting, image check). If one of them is not declared
+  with `any_request_id`, the route is for its own head only.
 * Four facts are checked for each request: whether the circuit breaker is closed, whether the
-  request id became a virtual or shared one, whether direct writes are enabled, and whether the
-  caller's credential is still valid: a token, a key that was made at run time, an identity that a
-  hook returned. Any other state behind a cached decision may be up to 60 s old.
+  middleware lets the request id through (`ID_CHECKS`: it is of the caller's own job, and of no
+  virtual or shared one), whether direct writes are enabled, and whether the caller's credential is
+  still valid: a token, a key that was made at run time, an identity that a hook returned. Any other
+  state behind a cached decision may be up to 60 s old.
 * The route of a caller that a hook has identified is used on the same connection only.
 * A request that the normal path refuses ends the route of its head.
 * Metrics, access log and usage records are written as on the normal path.
@@ -22,6 +27,7 @@ Consequences:
 `FALPROXY_FAST_PATH=0` turns the fast path off. It needs the transport `pool`.
 """
 
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +36,7 @@ from falproxy.circuit_breaker import CircuitBreaker
 from falproxy.middleware.access_log import CallLabels
 from falproxy.middleware.accounting import RecordTemplate
 from falproxy.proxy.call import Grant
+from falproxy.proxy.head_only import IdCheck
 from falproxy.proxy.headers import HEAD_END
 from falproxy.proxy.transport import UpstreamRequest
 
@@ -37,15 +44,23 @@ LINE_END = b"\r\n"
 # The spellings that clients use; a request with another one takes the normal path.
 CONTENT_LENGTH_PREFIXES = (b"\r\nContent-Length: ", b"\r\ncontent-length: ")
 DIGITS_MAX = 10
+REQUESTS_PATH = b"/requests/"
+UUID = re.compile(rb"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+ID_LENGTH = 36
+# The request id in the head of a poll, and the head before and behind it.
+PollHead = tuple[bytes, tuple[bytes, bytes]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CachedRoute:
-    """The decision of the middleware about one request head.
+    """The decision of the middleware about one request head, or about those that differ in the
+    request id only.
 
     request: as sent to fal, without the body.
+    parts: the bytes sent to fal before and behind the request id; None for one head only.
     breaker: of the target's host, None for a host without a backup.
     request_id: of the polled job in fal's queue, None for a submit.
+    id_checks: of the middleware, for each request id.
     expires_at: by `time.monotonic`.
     client_request_id: the X-Request-ID in the head.
     forwarded_for: the values of X-Forwarded-For in the head.
@@ -56,8 +71,10 @@ class CachedRoute:
     """
 
     request: UpstreamRequest
+    parts: tuple[bytes, bytes] | None
     breaker: CircuitBreaker | None
     request_id: str | None
+    id_checks: tuple[IdCheck, ...]
     expires_at: float
     client_request_id: str | None
     forwarded_for: tuple[str, ...]
@@ -69,6 +86,35 @@ class CachedRoute:
     def __repr__(self) -> str:
         seconds = self.expires_at - time.monotonic()
         return f"<CachedRoute {self.request!r}, expires in {seconds:.1f} s>"
+
+    def admits(self, request_id: str | None) -> bool:
+        """Return whether the middleware would decide about this request id as about the first."""
+        if request_id is not None:
+            for check in self.id_checks:
+                if not check(request_id):
+                    return False
+        return True
+
+    def head_for(self, request_id: str | None) -> bytes:
+        """Return the head that is sent to fal."""
+        if self.parts is None or request_id is None:
+            return self.request.head
+        before, behind = self.parts
+        return b"".join((before, request_id.encode(), behind))
+
+
+def split_poll(head: bytes) -> PollHead | None:
+    """Return the parts of a head whose first path with a request id has a UUID of lower case. None
+    for other heads.
+
+    Heads with equal outer parts differ in the id only: it has the same length in all, and no
+    character with a meaning in URLs or headers.
+    """
+    start = head.find(REQUESTS_PATH) + len(REQUESTS_PATH)
+    end = start + ID_LENGTH
+    if start < len(REQUESTS_PATH) or UUID.fullmatch(head, start, end) is None:
+        return None
+    return head[start:end], (head[:start], head[end:])
 
 
 def split_request(data: bytes) -> tuple[bytes, bytes]:

@@ -105,8 +105,9 @@ class InFlightRequest:
 
     def start(self, connection: Connection, body: bytes) -> bool:
         """Send the request to fal. Return False if the connection turned out to be closed."""
-        request = self._route.request
-        data = request.head if self._open_record is None else append_body(request.head, body)
+        request, data = self._route.request, self._route.head_for(self._ids.fal)
+        if self._open_record is not None:
+            data = append_body(data, body)
         self._connection = connection
         self._metrics.in_progress += 1
         try:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from itertools import count
 
@@ -27,11 +27,17 @@ from falproxy.proxy.call import (
 )
 from falproxy.proxy.client_address import FORWARDED_FOR, TRUSTED_PROXIES
 from falproxy.proxy.forward import DirectWrite, RelayedResponse
-from falproxy.proxy.head_only import NEEDS_EVERY_REQUEST
+from falproxy.proxy.head_only import (
+    ID_CHECKS,
+    NEEDS_EVERY_ID,
+    NEEDS_EVERY_REQUEST,
+    takes_any_id,
+)
 from falproxy.proxy.prices import COST_HEADER, SAVED_HEADER
+from falproxy.proxy.transport import UpstreamRequest
 from falproxy.proxy.transport.pool import Pool
 from falproxy.proxy.upstream import UPSTREAM, Upstream
-from falproxy.server.fast_path import CachedRoute, split_request
+from falproxy.server.fast_path import CachedRoute, PollHead, split_poll, split_request
 from falproxy.server.fast_path.in_flight import ClientConnection, InFlightRequest
 from falproxy.trusted_proxies import TrustedProxies
 
@@ -46,8 +52,9 @@ HEAD_MAX = 3072  # bytes; a token has some 1000, the headers of a browser as man
 CALL_HEADERS = (COST_HEADER, SAVED_HEADER)
 BODY_MAX = 16 * 2**10  # bytes
 
-# A request head, with the number of its connection if the route is for that alone.
-RouteKey = bytes | tuple[int, bytes]
+# A request head, with the number of its connection if the route is for that alone; or the head of a
+# poll in two parts, without the request id.
+RouteKey = bytes | tuple[int, bytes] | tuple[bytes, bytes]
 
 ELIGIBLE_STATUSES = (web.HTTPOk.status_code, web.HTTPAccepted.status_code)
 
@@ -56,29 +63,21 @@ class RouteCache:
     """Cached routes by request head.
 
     max_body: bytes of a request body.
-    is_virtual_request: returns whether a request id is that of a virtual request, whose polls the
-        middleware has to see; a request id may become one after its route was cached.
     """
 
-    def __init__(
-        self,
-        metrics: Metrics,
-        direct_write: DirectWrite,
-        max_body: int,
-        is_virtual_request: Callable[[str], bool],
-    ) -> None:
+    def __init__(self, metrics: Metrics, direct_write: DirectWrite, max_body: int) -> None:
         self.max_routes, self.ttl = ROUTES_MAX, TTL_SECONDS
         self.hits = 0  # requests sent on the fast path
         self._metrics = metrics
         self._direct_write = direct_write
         self._max_body = min(max_body, BODY_MAX)
-        self._is_virtual_request = is_virtual_request
         self._routes: dict[RouteKey, CachedRoute] = {}
         self._size = 0  # bytes of all routes
         self._ids = IdGenerator()
         self.next_connection = count().__next__
         self._logged: set[str] = set()  # middleware that kept requests off the fast path
         self._trusted_proxies = TrustedProxies()
+        self._takes_any_id = False  # the middleware of the application decides for all request ids
         self._upstream: Upstream | None = None
         self._pool: Pool | None = None
 
@@ -87,6 +86,7 @@ class RouteCache:
 
     async def cleanup_context(self, app: web.Application) -> AsyncIterator[None]:
         """Cleanup context: enable the fast path for as long as the transport is a `Pool`."""
+        self._takes_any_id = all(map(takes_any_id, app.middlewares))
         self._upstream = app[UPSTREAM]
         self._trusted_proxies = app[TRUSTED_PROXIES]
         if isinstance(self._upstream.transport, Pool):
@@ -98,19 +98,19 @@ class RouteCache:
         """Send a request to fal on the fast path. None if it needs the normal path: it has no
         cached route, is not eligible now, or there is no idle connection."""
         head, body = split_request(data)
-        key: RouteKey = head
-        route = self._routes.get(head)
+        poll = split_poll(head)
+        key, route = self._find(client, head, poll)
         if route is None:
-            key = (client.number, head)
-            route = self._routes.get(key)
-        if route is None or self._pool is None or not self._is_eligible(key, body, route):
+            return None
+        request_id = polled_id(route, poll)
+        if self._pool is None or not self._is_eligible(key, body, route, request_id):
             return None
         connection = self._pool.acquire_idle(route.request.origin)
         if connection is None:
             return None
         ids = CallIds(
             route.client_request_id or self._ids.next_id(),
-            route.request_id,
+            request_id,
             self._trusted_proxies.client_address(client.peer, route.forwarded_for),
         )
         in_flight = InFlightRequest(client, data, route, self._metrics, ids)
@@ -119,7 +119,19 @@ class RouteCache:
         self.hits += 1
         return in_flight
 
-    def _is_eligible(self, key: RouteKey, body: bytes, route: CachedRoute) -> bool:
+    def _find(
+        self, client: ClientConnection, head: bytes, poll: PollHead | None
+    ) -> tuple[RouteKey, CachedRoute | None]:
+        if poll is not None and (route := self._routes.get(poll[1])) is not None:
+            return poll[1], route
+        if (route := self._routes.get(head)) is not None:
+            return head, route
+        key = (client.number, head)
+        return key, self._routes.get(key)
+
+    def _is_eligible(
+        self, key: RouteKey, body: bytes, route: CachedRoute, request_id: str | None
+    ) -> bool:
         is_expired = route.expires_at < time.monotonic()
         if is_expired or (route.grant is not None and not route.grant.use()):
             self._remove(key)
@@ -127,9 +139,9 @@ class RouteCache:
         is_broken = route.breaker is not None and not route.breaker.is_closed
         if is_broken or not self._direct_write.enabled:
             return False
-        if route.request_id is None:
+        if request_id is None:
             return len(body) <= self._max_body and not may_contain_images(body)
-        return not self._is_virtual_request(route.request_id)
+        return route.admits(request_id)
 
     def add(
         self,
@@ -142,17 +154,23 @@ class RouteCache:
         eligible. If the proxy has refused it, or has to see every such request, the route that its
         head had before ends."""
         head, _ = split_request(data)
-        keys: tuple[RouteKey, RouteKey] = (head, (client.number, head))
+        poll = split_poll(head)
         if NEEDS_EVERY_REQUEST in request or not isinstance(response, RelayedResponse):
-            for key in keys:
-                self._remove(key)
+            for earlier in route_keys(client, head, poll):
+                self._remove_if_admitted(earlier, poll)
             self._log_once(request.get(NEEDS_EVERY_REQUEST))
             return
         if self._upstream is None or not self._may_be_cached(head, request, response):
             return
         call, grant = request[CALL], request.get(GRANT)
         target = call.target
-        key = keys[CONNECTION_BOUND in request]
+        bodiless = call if call.body is None else replace(call, body=None, length=None)
+        upstream_request = self._upstream.request_of(bodiless, target.host)
+        parts = None
+        key: RouteKey = (client.number, head) if CONNECTION_BOUND in request else head
+        if poll is not None and self._takes_any_id and decides_for_any_id(request, response):
+            parts = split_at_id(poll, call, head, upstream_request)
+            key = key if parts is None else poll[1]
         labels = CallLabels(
             call.method,
             request.get(PRINCIPAL),
@@ -168,11 +186,11 @@ class RouteCache:
             self._remove(next(iter(self._routes)))
         self._size += size_of(key)
         self._routes[key] = CachedRoute(
-            request=self._upstream.build_request(
-                replace(call, body=None, length=None), target.host
-            ),
+            request=upstream_request,
+            parts=parts,
             breaker=self._upstream.breaker(target.host),
             request_id=target.request_id,
+            id_checks=request.get(ID_CHECKS, ()),
             expires_at=time.monotonic() + self.ttl,
             client_request_id=client_request_id(request),
             forwarded_for=tuple(request.headers.getall(FORWARDED_FOR, ())),
@@ -196,6 +214,12 @@ class RouteCache:
             return False
         return is_poll(call) or is_eligible_submit(call, request)
 
+    def _remove_if_admitted(self, key: RouteKey, poll: PollHead | None) -> None:
+        """End a route, unless it is for other request ids only."""
+        route = self._routes.get(key)
+        if route is not None and route.admits(polled_id(route, poll)):
+            self._remove(key)
+
     def _remove(self, key: RouteKey) -> None:
         if self._routes.pop(key, None) is not None:
             self._size -= size_of(key)
@@ -208,7 +232,45 @@ class RouteCache:
 
 def size_of(key: RouteKey) -> int:
     """Return the bytes that the route of a request head takes."""
-    return ENTRY_BYTES + 4 * len(key if isinstance(key, bytes) else key[1])
+    parts = (key,) if isinstance(key, bytes) else key
+    length = sum(len(part) for part in parts if isinstance(part, bytes))
+    return ENTRY_BYTES + 4 * length
+
+
+def route_keys(
+    client: ClientConnection, head: bytes, poll: PollHead | None
+) -> tuple[RouteKey, ...]:
+    """Return the keys that the route of a head may have."""
+    keys: tuple[RouteKey, ...] = (head, (client.number, head))
+    return keys if poll is None else (poll[1], *keys)
+
+
+def polled_id(route: CachedRoute, poll: PollHead | None) -> str | None:
+    """Return the request id of a request that has this route."""
+    if route.parts is None or poll is None:
+        return route.request_id
+    return poll[0].decode()
+
+
+def decides_for_any_id(request: web.Request, response: RelayedResponse) -> bool:
+    """Return whether the route of a request is for all request ids that its checks let through."""
+    if CONNECTION_BOUND in request or NEEDS_EVERY_ID in request:
+        return False
+    request_id = request[CALL].target.request_id or ""
+    return not any(request_id in value for _, value in response.extra_headers)
+
+
+def split_at_id(
+    poll: PollHead, call: Call, head: bytes, sent: UpstreamRequest
+) -> tuple[bytes, bytes] | None:
+    """Return the head that is sent to fal before and behind the request id. None if the id is not
+    the job's, or occurs more than once."""
+    request_id, _ = poll
+    is_the_job = request_id.decode() == call.target.request_id
+    if not is_the_job or (head.count(request_id), sent.head.count(request_id)) != (1, 1):
+        return None
+    before, _, behind = sent.head.partition(request_id)
+    return before, behind
 
 
 def is_poll(call: Call) -> bool:
