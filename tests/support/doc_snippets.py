@@ -175,11 +175,14 @@ def find(document: str, part: str) -> Snippet:
 
 
 def runnable() -> list[Snippet]:
-    """Return the snippets that tests run."""
-    left_out = [find(*key) for key in NOT_RUN]
-    return [
-        each for each in all_snippets() if each.language not in NO_CODE and each not in left_out
-    ]
+    """Return the snippets that tests run, without repetitions of the same code."""
+    left_out = {find(*key) for key in NOT_RUN}
+    by_code = {
+        (each.language, each.text, run_of(each).after): each
+        for each in all_snippets()
+        if each.language not in NO_CODE and each not in left_out
+    }
+    return [*by_code.values()]
 
 
 def run_of(snippet: Snippet) -> Run:
