@@ -19,10 +19,12 @@ from falproxy.fal.pricing import charged_cost, cost_from_sizes, format_usd, pars
 from falproxy.fal.results import image_sizes, parse_result_images
 from falproxy.fal.target import Operation
 from falproxy.ids import IdGenerator, new_id, time_ordered_id
+from falproxy.job_times import JobTime
 from falproxy.json_object import parse_object
 from falproxy.metrics import Metrics
 from falproxy.middleware.access_log import CLIENT_CLOSED_REQUEST
 from falproxy.middleware.cache_policy import CACHED_RESULT
+from falproxy.middleware.error_types import find_error_type
 from falproxy.proxy.call import (
     CACHE_OUTCOME,
     CALL,
@@ -123,7 +125,7 @@ def account_calls(writer: LedgerWriter, prices: PriceBook, metrics: Metrics) -> 
             request_id = call.target.request_id or ""
             if is_final(response):
                 job_end = JobEnd(request_id, response, pending_charges.find(request_id))
-                job_end.record(writer)
+                await job_end.record(writer, response, metrics.job_times.pop(request_id))
                 add_headers(response, job_end.cost_headers())
             return response
         if not is_model_call(call.method, call.target):
@@ -173,6 +175,7 @@ async def handle_recorded(
         raise
     record.inputs = request.get(PRICED_INPUTS)
     upstream = request.get(UPSTREAM_SECONDS, 0.0)
+    record.error_type = await find_error_type(response, partial(record.complete_error, response))
     cost_headers = record.complete(
         response.status,
         upstream_headers(response),
@@ -243,6 +246,8 @@ class JobEnd:
         self._charge = charge
         self._units: Decimal | None = None
         self._settled: int | None = 0
+        self._error_type: str | None = None
+        self._job_time: JobTime | None = None
         if is_virtual_id(request_id):
             return
         self._units = parse_units(response.headers.get(UNITS_HEADER))
@@ -257,8 +262,18 @@ class JobEnd:
     def __repr__(self) -> str:
         return f"<JobEnd {self._request_id}, status {self._status}>"
 
-    def record(self, writer: LedgerWriter) -> None:
-        """Write the outcome to the ledger, and its cost later if the price is not known yet."""
+    async def record(
+        self, writer: LedgerWriter, response: web.StreamResponse, job_time: JobTime
+    ) -> None:
+        """Write the outcome to the ledger, and its cost and error later if they are not known
+        yet."""
+        self._job_time = job_time
+
+        def record_error_type(error_type: str) -> None:
+            self._error_type = error_type
+            self._write(writer)
+
+        self._error_type = await find_error_type(response, record_error_type)
         self._write(writer)
         if self._charge is not None and self._settled is None and self._units is not None:
             self._charge.when_priced(partial(self._settle_late, writer, self._charge))
@@ -277,12 +292,16 @@ class JobEnd:
             self._write(writer)
 
     def _write(self, writer: LedgerWriter) -> None:
+        job_time = self._job_time
         writer.enqueue(
             Outcome(
                 request_id=self._request_id,
                 status=self._status,
                 units=self._units,
                 settled=self._settled,
+                error_type=self._error_type,
+                ended_at=None if job_time is None else job_time.ended_at,
+                run_seconds=None if job_time is None else job_time.run_seconds,
             )
         )
 
@@ -317,6 +336,7 @@ RECORD_TEMPLATE = web.RequestKey("falproxy.record_template", RecordTemplate)
 class OpenRecord:
     """The record of a running call. One of `complete`, `fail` and `client_left` writes it.
 
+    error_type: type of fal's error, if its response has begun with it.
     inputs: those that the price depends on; None if they are unknown.
     proxy_request_id: as in the access log.
     """
@@ -327,6 +347,7 @@ class OpenRecord:
         "_placeholder_id",
         "_started",
         "_template",
+        "error_type",
         "inputs",
         "proxy_request_id",
     )
@@ -335,6 +356,7 @@ class OpenRecord:
         self._template = template
         self.inputs: Mapping[str, object] | None = None
         self.proxy_request_id: str | None = None
+        self.error_type: str | None = None
         self._charge = Charge(template.endpoint, template.prices, template.metrics)
         self._placeholder_id: str | None = None  # used if fal's request id is not received
         self._created_at, self._started = time.time(), time.perf_counter()
@@ -423,6 +445,13 @@ class OpenRecord:
         )
         self._template.writer.enqueue(outcome)
 
+    def complete_error(self, response: web.StreamResponse, error_type: str) -> None:
+        """Write the type of an error that was in the body of fal's response."""
+        request_id = upstream_headers(response).get(FAL_REQUEST_ID)
+        if request_id is not None:
+            outcome = Outcome(request_id=request_id, status=response.status, error_type=error_type)
+            self._template.writer.enqueue(outcome)
+
     def saved_cost(self, cached: CachedResult) -> int | None:
         """Return the price of a cached result, in micro-USD."""
         price = self._template.prices.known(self._template.endpoint)
@@ -469,6 +498,7 @@ class OpenRecord:
                 estimated=estimated,
                 settled=settled,
                 proxy_request_id=self.proxy_request_id,
+                error_type=self.error_type,
             )
         )
 

@@ -29,6 +29,7 @@ from falproxy.stores.ledger import (
     new_job_id,
     position_of,
 )
+from falproxy.stores.ledger.call_list import CallQuery, list_calls
 from falproxy.stores.ledger.database import LedgerDatabase
 from falproxy.stores.ledger.postgres import postgres_ledger
 from falproxy.stores.ledger.schema import Schema
@@ -229,6 +230,18 @@ async def test_a_success_replaces_a_failure_and_is_final(ledger: Ledger) -> None
     (latest,) = await ledger.latest(ALL)
     assert (latest.status, latest.error, latest.settled) == (200, None, None)
     assert (await grand_total(ledger)).spent == 5
+
+
+@pytest.mark.parametrize("is_early", [True, False], ids=["before its record", "after it"])
+async def test_the_first_times_of_an_outcome_are_kept(ledger: Ledger, is_early: bool) -> None:
+    submit = record(id="c", request_id="r", operation="submit")
+    ended = Outcome(request_id="r", status=200, ended_at=NOON + 3, run_seconds=2.5)
+    again = Outcome(request_id="r", status=200, ended_at=NOON + 60)
+    rows: list[CallRecord | Outcome] = [submit, ended, again]
+    for row in rows[1:] + rows[:1] if is_early else rows:
+        await ledger.write([row])
+    ((call,), _) = await list_calls(ledger, CallQuery(), 10)
+    assert (call.ended_at, call.run_seconds) == (NOON + 3, 2.5)
 
 
 AMOUNTS = [
@@ -678,6 +691,8 @@ NEWER = Schema(
     (*LEDGER_SCHEMA.tables, "falproxy_regions"),
 )
 
+NEWEST = len(NEWER.migrations)
+
 
 def with_schema(ledger: Ledger, schema: Schema) -> LedgerDatabase:
     """Return the database of a ledger as a node of another version opens it."""
@@ -701,7 +716,7 @@ async def test_two_versions_work_side_by_side_and_after_a_roll_back(processes: P
                 "before",
             ]
             assert await restarted.get_job(job.id, "ann") == job
-        assert await newer.execute("SELECT version FROM falproxy_ledger") == [(4,)]
+        assert await newer.execute("SELECT version FROM falproxy_ledger") == [(NEWEST,)]
         assert await newer.execute("SELECT name FROM falproxy_regions") == [("eu",)]
         await newer.close()
 
@@ -711,12 +726,12 @@ async def test_a_newer_schema_that_this_version_cannot_work_with_is_rejected(
     processes: Processes, knows_readers: bool
 ) -> None:
     async with processes.make() as ledger:
-        newer = with_schema(ledger, replace(NEWER, min_reader=4))
+        newer = with_schema(ledger, replace(NEWER, min_reader=NEWEST))
         await newer.execute("UPDATE falproxy_ledger SET version = version")
         if not knows_readers:  # as releases before the table of readers
             await newer.execute("DROP TABLE falproxy_min_readers")
         await newer.close()
-        with pytest.raises(SchemaError, match=r"newer falproxy \(version 4, .* Upgrade"):
+        with pytest.raises(SchemaError, match=rf"newer falproxy \(version {NEWEST}, .* Upgrade"):
             await ledger.probe()
         with pytest.raises(SchemaError):
             await ledger.latest(ALL)

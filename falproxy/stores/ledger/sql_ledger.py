@@ -18,6 +18,7 @@ from falproxy.stores.ledger import (
 )
 from falproxy.stores.ledger.database import LedgerDatabase
 from falproxy.stores.ledger.rows import (
+    Row,
     job_from_row,
     job_query_to_row,
     job_to_row,
@@ -94,6 +95,9 @@ class SqlLedger:
     ) -> dict[GroupBy, list[tuple[str, Totals]]]:
         rows = await self._database.read(SUMMARY_QUERIES[interval], query_to_row(query))
         return summaries_from_rows(rows, interval)
+
+    async def read(self, statement: str, row: Row = ()) -> list[Row]:
+        return await self._database.read(statement, row)
 
     async def latest(self, query: UsageQuery) -> list[CallRecord]:
         rows = await self._database.read(SELECT_LATEST, query_to_row(query))
