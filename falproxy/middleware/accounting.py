@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import partial
@@ -10,12 +10,11 @@ from typing import NamedTuple
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
-from cachetools import FIFOCache
 
 from falproxy.errors import ProxyError
 from falproxy.fal.estimates import call_inputs
 from falproxy.fal.policy import is_model_call, model_of
-from falproxy.fal.pricing import charged_cost, cost_from_sizes, format_usd, parse_units
+from falproxy.fal.pricing import charged_cost, cost_from_sizes, parse_units
 from falproxy.fal.results import image_sizes, parse_result_images
 from falproxy.fal.target import Operation
 from falproxy.ids import IdGenerator, new_id, time_ordered_id
@@ -24,6 +23,7 @@ from falproxy.json_object import parse_object
 from falproxy.metrics import Metrics
 from falproxy.middleware.access_log import CLIENT_CLOSED_REQUEST
 from falproxy.middleware.cache_policy import CACHED_RESULT
+from falproxy.middleware.charges import Charge, CostHeaders, PendingCharges, format_cost_headers
 from falproxy.middleware.error_types import find_error_type
 from falproxy.proxy.call import (
     CACHE_OUTCOME,
@@ -40,7 +40,7 @@ from falproxy.proxy.call import (
 from falproxy.proxy.forward import RelayedResponse, add_headers
 from falproxy.proxy.head_only import head_only
 from falproxy.proxy.local_responses import FAL_REQUEST_ID, LocalDocument
-from falproxy.proxy.prices import COST_HEADER, SAVED_HEADER, PriceBook
+from falproxy.proxy.prices import PriceBook
 from falproxy.stores.cache import CachedResult
 from falproxy.stores.cache.virtual_requests import is_virtual_id
 from falproxy.stores.ledger import FREE_OUTCOMES, CallRecord, Outcome
@@ -52,11 +52,9 @@ UNITS_HEADER = "x-fal-billable-units"
 NOT_JOB_STATUSES = (401, 403, 404, 405)
 AMBIGUOUS_STATUS = 400
 FINAL_HEADERS = (UNITS_HEADER, "x-fal-error-type", "x-fal-retryable")
-PENDING_CHARGES_MAX = 50_000
 # After these errors fal may have processed the call, and charges it.
 POSSIBLY_PAID_ERRORS = ("upstream_broken", "upstream_timeout")
 
-CostHeaders = tuple[tuple[str, str], ...]
 # Error, cache, units, estimated.
 RecordDetails = tuple[str | None, str | None, Decimal | None, int | None]
 
@@ -70,42 +68,6 @@ class RecordContext(NamedTuple):
     operation: str
     endpoint: str | None
     query: str = ""
-
-
-@dataclass(slots=True)
-class Charge:
-    """The cost of one call, added to the metrics once. Amounts are micro-USD.
-
-    estimated: None if it is unknown.
-    saved: price of the cached result that the call got.
-    """
-
-    endpoint: str
-    prices: PriceBook
-    metrics: Metrics
-    estimated: int | None = None
-    saved: int | None = None
-    is_paid: bool = False
-
-    def settle(
-        self, units: Decimal | None, status: int, document: bytes | None = None
-    ) -> int | None:
-        """Return the cost; None if it is unknown.
-
-        document: a result of unknown units, whose images are counted.
-        """
-        price = self.prices.known(self.endpoint)
-        settled = charged_cost(price, units, status)
-        if settled is None and units is None and document is not None:
-            settled = cost_from_sizes(price, image_sizes(parse_result_images(document)))
-        if settled and not self.is_paid:
-            self.is_paid = True
-            self.metrics.record_cost(self.endpoint, settled)
-        return settled
-
-    def when_priced(self, settle: Callable[[], None]) -> None:
-        """Ask for the price, and call a function when it is known."""
-        self.prices.refresh_soon(self.endpoint, settle)
 
 
 def account_calls(writer: LedgerWriter, prices: PriceBook, metrics: Metrics) -> Middleware:
@@ -193,30 +155,8 @@ def cache_details(request: web.Request, record: "OpenRecord") -> tuple[str | Non
     return request.get(CACHE_OUTCOME), None if cached is None else record.saved_cost(cached)
 
 
-def format_cost_headers(cost: int | None, saved: int | None = None) -> CostHeaders:
-    amounts = ((COST_HEADER, cost), (SAVED_HEADER, saved))
-    return tuple((name, format_usd(amount)) for name, amount in amounts if amount is not None)
-
-
 def upstream_headers(response: web.StreamResponse) -> Mapping[str, str]:
     return response.upstream_headers if isinstance(response, RelayedResponse) else response.headers
-
-
-class PendingCharges:
-    """Recent submits by request id. Their cost is known with the result, whose URL does not contain
-    the full endpoint id."""
-
-    def __init__(self) -> None:
-        self._charges: FIFOCache[str, Charge] = FIFOCache(PENDING_CHARGES_MAX)
-
-    def __repr__(self) -> str:
-        return f"<PendingCharges {len(self._charges)}>"
-
-    def add(self, request_id: str, charge: Charge) -> None:
-        self._charges[request_id] = charge
-
-    def find(self, request_id: str) -> Charge | None:
-        return self._charges.get(request_id)
 
 
 def is_final(response: web.StreamResponse) -> bool:

@@ -644,10 +644,17 @@ async def test_records_and_jobs_survive_a_restart(processes: Processes) -> None:
         assert await second.get_job(stored.id, "ann") == stored
 
 
+NEW_INDEXES = ("entries_by_request", "entries_by_principal", "entries_failed", "outcomes_failed")
+NEW_COLUMNS = ("error_type", "ended_at", "run_ms", "call_at", "endpoint", "principal")
+
+
 async def test_a_ledger_of_the_first_version_is_migrated(processes: Processes) -> None:
     async with processes.make() as first:
         await first.write([FULL])
         for statement in (
+            *(f"DROP INDEX falproxy_{name}" for name in NEW_INDEXES),
+            *(f"ALTER TABLE falproxy_outcomes DROP COLUMN {name}" for name in NEW_COLUMNS),
+            "ALTER TABLE falproxy_entries DROP COLUMN error_type",
             "ALTER TABLE falproxy_entries DROP COLUMN proxy_request_id",
             "DROP INDEX falproxy_jobs_by_owner",
             "ALTER TABLE falproxy_jobs DROP COLUMN api",

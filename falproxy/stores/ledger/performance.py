@@ -17,7 +17,7 @@ from falproxy.stores.ledger.rows import Row, to_ms
 STEPS = (60, 300, 600, 1800, 3600, 10_800, 21_600, 43_200, 86_400, 604_800)
 INTERVALS_MAX = 62
 PARTS = 4  # of an interval
-PART_ROWS = 40
+PART_ROWS = 30
 SPANS = INTERVALS_MAX * PARTS
 KINDS_MAX = 100  # kinds of failures of a report
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
@@ -53,7 +53,7 @@ def failures_query(own_calls: str) -> str:
     the first interval."""
     own = own_calls.format
     return f"""
-        WITH failures AS MATERIALIZED (
+        WITH failures AS (
             SELECT at, status, COALESCE(error, error_type) AS error, endpoint
             FROM falproxy_entries AS e
             WHERE at >= $1 AND at < $2 AND (status >= 400 OR error IS NOT NULL)
@@ -75,12 +75,18 @@ def failures_query(own_calls: str) -> str:
                 AND e.at >= $1 AND e.at < $2 AND e.status < 400 AND e.error IS NULL
                 {own("e.principal")}
         ),
+        counted AS MATERIALIZED (
+            SELECT at >= $3 AS is_present, (at - $6) / $4 AS slot, status,
+                COALESCE(error, '') AS error, COALESCE(endpoint, '') AS endpoint,
+                COUNT(*) AS calls, MIN(at) AS first_at, MAX(at) AS last_at
+            FROM failures GROUP BY 1, 2, 3, 4, 5
+        ),
         kinds AS (
-            SELECT status, COALESCE(error, '') AS error, COALESCE(endpoint, '') AS endpoint,
-                COUNT(*) FILTER (WHERE at >= $3) AS present,
-                COUNT(*) FILTER (WHERE at < $3) AS previous,
-                MIN(at) FILTER (WHERE at >= $3) AS first_at, MAX(at) AS last_at
-            FROM failures GROUP BY 1, 2, 3
+            SELECT status, error, endpoint,
+                COALESCE(SUM(calls) FILTER (WHERE is_present), 0) AS present,
+                COALESCE(SUM(calls) FILTER (WHERE NOT is_present), 0) AS previous,
+                MIN(first_at) FILTER (WHERE is_present) AS first_at, MAX(last_at) AS last_at
+            FROM counted GROUP BY 1, 2, 3
         )
         SELECT -1 AS slot, status, error, endpoint, present, previous, first_at, last_at FROM (
             SELECT * FROM kinds WHERE present > 0
@@ -88,8 +94,8 @@ def failures_query(own_calls: str) -> str:
             LIMIT {KINDS_MAX}
         ) AS listed
         UNION ALL
-        SELECT (at - $6) / $4 AS slot, status, '', '', COUNT(*), 0, NULL, NULL
-        FROM failures WHERE at >= $3 GROUP BY 1, 2
+        SELECT slot, status, '', '', SUM(calls), 0, NULL, NULL
+        FROM counted WHERE is_present GROUP BY 1, 2
     """
 
 
@@ -283,9 +289,11 @@ async def read_failures(
     ):
         if slot < 0:
             first_at, last_at = (each / MS for each in times)
-            kinds.append(FailureKind(status, error, endpoint, present, previous, first_at, last_at))
+            kinds.append(
+                FailureKind(status, error, endpoint, int(present), int(previous), first_at, last_at)
+            )
         else:
-            counts[slot][status] += present
+            counts[slot][status] += int(present)
     return [counts[number] for number in range(intervals.count)], kinds
 
 
