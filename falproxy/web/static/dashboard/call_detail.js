@@ -36,8 +36,8 @@ function steps(call) {
     found.push([`Result reused (${call.cache})`, call.seconds]);
   } else if (call.upstream_seconds > 0) {
     found.push(["Sent to fal.ai", call.own_seconds]);
-    if (call.operation === "submit" && call.status < 400) {
-      found.push(["Accepted into fal’s queue", call.seconds]);
+    if (call.ended_at !== null || call.is_running) {
+      found.push(["Accepted by fal’s queue", call.seconds]);
     }
   }
   if (call.run_seconds !== null && call.ended_at !== null) {

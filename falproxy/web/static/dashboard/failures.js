@@ -1,7 +1,7 @@
 /** The table of failures by kind. A row's button shows its calls in the list. */
 import { byId, el } from "../dom.js";
 import { addExportButton } from "./csv.js";
-import { formatCount, formatWhen, NONE } from "./format.js";
+import { formatCount, formatWhen } from "./format.js";
 import { setTable } from "./tables.js";
 
 let shown = [];
@@ -21,16 +21,20 @@ export function showFailures(performance, showCalls) {
   shown = performance.failures;
   const lines = shown.map((row) => [
     el("th", { scope: "row" }, el("span", { className: `chip ${statusClass(row.status)}` }, String(row.status))),
-    el("td", { className: "text" }, row.error ?? "no type"),
-    el("td", { className: "text" }, row.endpoint ?? NONE),
+    el(
+      "td",
+      { className: "text wraps" },
+      el("strong", {}, row.error ?? "no type"),
+      el("span", { className: "muted small block" }, row.endpoint ?? "no endpoint"),
+    ),
     el("td", {}, formatCount(row.calls)),
     el("td", {}, changeText(row.calls, row.previous)),
     el("td", {}, formatWhen(new Date(row.first_at))),
     el("td", {}, formatWhen(new Date(row.last_at))),
     el("td", {}, callsButton(row, showCalls)),
   ]);
-  const headings = ["Status", "Error", "Endpoint", "Calls", "Before", "First", "Last", "List"];
-  setTable("failures", headings, lines, [1, 2], "Nothing has failed.");
+  const headings = ["Status", "Error and endpoint", "Calls", "Before", "First", "Last", "List"];
+  setTable("failures", headings, lines, [1], "Nothing has failed.");
 }
 
 function callsButton(row, showCalls) {

@@ -90,5 +90,5 @@ export function formatTime(at) {
 /** A time with its day if that is not today. @param {Date} at */
 export function formatWhen(at) {
   const isToday = at.toDateString() === new Date().toDateString();
-  return isToday ? at.toLocaleTimeString() : at.toLocaleString(undefined, { ...DAY, ...TIME, second: "2-digit" });
+  return isToday ? at.toLocaleTimeString() : at.toLocaleString(undefined, { ...DAY, ...TIME });
 }

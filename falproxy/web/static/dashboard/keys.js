@@ -103,6 +103,8 @@ async function loadSpending(keys) {
 const UNITS = { s: 1, m: 60, h: 3600, d: 86_400 };
 const NAMED = { second: 1, minute: 60, hour: 3600, day: 86_400, week: 604_800 };
 
+const MONDAY_OFFSET = 4 * 86_400; // seconds: 1970-01-01 was a Thursday
+
 /** Return the start of the current window, in UTC; null for one that is not known. */
 function windowStart(period, now) {
   if (period === "month") {
@@ -110,7 +112,11 @@ function windowStart(period, now) {
   }
   const match = /^(\d+)([smhd])$/.exec(period);
   const seconds = NAMED[period] ?? (match ? Number(match[1]) * UNITS[match[2]] : null);
-  return seconds === null ? null : new Date(Math.floor(now.getTime() / 1000 / seconds) * seconds * 1000);
+  if (seconds === null) {
+    return null;
+  }
+  const offset = seconds % NAMED.week === 0 ? MONDAY_OFFSET : 0;
+  return new Date((Math.floor((now.getTime() / 1000 - offset) / seconds) * seconds + offset) * 1000);
 }
 
 /** Run `render`, which replaces the buttons of the table, and focus the same button again. */

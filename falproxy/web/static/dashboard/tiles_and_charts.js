@@ -127,7 +127,7 @@ export function startFigures() {
 
 function showTiles(totals, previous) {
   const { calls, errors, hits, misses, unpriced } = totals;
-  const note = unpriced ? `and ${formatQuantity(unpriced, "call")} of unknown price` : "where the price is known";
+  const note = unpriced ? `and ${formatQuantity(unpriced, "call")} of unknown price` : "";
   const compare = (name) => change(totals[name], previous === null ? null : previous[name]);
   setTile("calls", formatCount(calls), calls ? `${formatCount(calls - errors)} succeeded` : "", compare("calls"));
   setTile("errors", formatCount(errors), calls ? `${formatPercent(errors / calls)} of all calls` : "", compare("errors"));
@@ -145,11 +145,14 @@ function change(value, previous) {
   if (previous === 0) {
     return value === 0 ? "" : "none before";
   }
-  const share = value / previous - 1;
-  if (share >= 10) {
-    return `${formatCount(Math.round(value / previous))} times as before`;
+  if (value >= 10 * previous) {
+    return `${formatCount(Math.round(value / previous))} times as much as before`;
   }
-  return `${share > 0 ? "+" : ""}${formatPercent(share)} than before`.replace(/^0% than before/, "as before");
+  const percent = Math.round((value / previous - 1) * 100);
+  if (percent === 0) {
+    return "as before";
+  }
+  return `${formatCount(Math.abs(percent))}% ${percent > 0 ? "more" : "less"} than before`;
 }
 
 /** @param {string} id @param {string} value @param {string} note @param {string} [changeText] */
