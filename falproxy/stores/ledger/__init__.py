@@ -305,6 +305,12 @@ class Jobs(Protocol):
 
 
 class Summaries(Protocol):
+    async def sum_periods(self, until: float, limit: int) -> int:
+        """Compute the sums of at most `limit` hours, days and months that ended before this time,
+        for which there are new records or outcomes. Totals are computed from sums where these are
+        current. Return the number of periods; 0 also if another process changes the ledger.
+        Raises: LedgerError."""
+
     async def summarize(
         self, query: UsageQuery, interval: Interval
     ) -> dict[GroupBy, list[tuple[str, Totals]]]:

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol, TypeVar
 
+from falproxy.shared_tasks import SharedTasks
 from falproxy.stores.ledger import InvalidRowError, LedgerError, SchemaError
 from falproxy.stores.ledger.rows import Row
 from falproxy.stores.ledger.schema import (
@@ -13,6 +14,7 @@ from falproxy.stores.ledger.schema import (
     READERS_TABLE,
     SELECT_MIN_READER,
     Schema,
+    SqlDialect,
 )
 from falproxy.stores.ledger.statements import LEDGER_SCHEMA
 
@@ -23,6 +25,7 @@ StatementRows = tuple[str, Sequence[Row]]
 # longer than writes.
 WRITE_TIMEOUT = 5.0
 READ_TIMEOUT = 30.0
+MIGRATION_TIMEOUT = 600.0
 CLOSE_TIMEOUT = 1.0
 NO_PARAMETERS: tuple[Row, ...] = ((),)
 
@@ -30,15 +33,20 @@ NO_PARAMETERS: tuple[Row, ...] = ((),)
 class DbConnection(Protocol):
     """One connection. Its methods raise LedgerError, after which the connection is discarded.
 
+    dialect: of its SQL.
     begin_statement: begins a transaction that writes.
     begin_exclusive: begin a transaction that excludes schema changes by other processes.
+    lock_sums_query: returns whether no other transaction changes records or computes sums until
+        the end of this one. It does not wait.
     table_exists_query: returns a row if there is a table of this name.
     privacy_statement: restricts access to a new table, whose name replaces `{}`; None if that is
         not necessary.
     """
 
+    dialect: SqlDialect
     begin_statement: str
     begin_exclusive: tuple[str, ...]
+    lock_sums_query: str
     table_exists_query: str
     privacy_statement: str | None
 
@@ -129,6 +137,7 @@ class LedgerDatabase:
         self._writer = ConnectionSlot(self._connect_and_migrate, WRITE_TIMEOUT)
         self._reader = ConnectionSlot(factory.connect, READ_TIMEOUT)
         self._is_migrated = False
+        self._migrations = SharedTasks[Schema, None]()
 
     def __repr__(self) -> str:
         slots = f"writer={self._writer}, reader={self._reader}"
@@ -140,12 +149,12 @@ class LedgerDatabase:
         async def execute_all(connection: DbConnection) -> None:
             await run_transaction(connection, (connection.begin_statement,), statements)
 
-        await self._write(execute_all)
+        await self.write(execute_all)
 
     async def execute(self, statement: str, row: Row = ()) -> list[Row]:
-        return await self._write(lambda connection: connection.fetch(statement, row))
+        return await self.write(lambda connection: connection.fetch(statement, row))
 
-    async def _write(self, work: Callable[[DbConnection], Awaitable[ReturnT]]) -> ReturnT:
+    async def write(self, work: Callable[[DbConnection], Awaitable[ReturnT]]) -> ReturnT:
         """Run an operation that writes. After a failure queries use a new connection as well:
         after a failover, the open one leads to the old server, which can still be read."""
         try:
@@ -172,6 +181,7 @@ class LedgerDatabase:
 
     async def close(self) -> None:
         """Close the connections. A later operation opens them again."""
+        await self._migrations.close()
         await self._writer.close()
         await self._reader.close()
         await self._factory.wait_terminated()
@@ -179,18 +189,31 @@ class LedgerDatabase:
     async def _connect_and_migrate(self) -> DbConnection:
         connection = await self._factory.connect()
         try:
-            await self._migrate(connection)
+            if not await self._is_current(connection):
+                await self._migrations.run(self._schema, self._migrate)
         except BaseException:
             connection.terminate()
             raise
         self._is_migrated = True
         return connection
 
-    async def _migrate(self, connection: DbConnection) -> None:
-        """Migrate the schema to the newest version. A current schema requires no right to create
-        tables."""
-        if await self._has_schema(connection) and not await self._pending_migrations(connection):
-            return
+    async def _is_current(self, connection: DbConnection) -> bool:
+        """Return whether no migration is pending. Requires no right to create tables."""
+        return await self._has_schema(connection) and not await self._pending_migrations(connection)
+
+    async def _migrate(self) -> None:
+        """Migrate the schema to the newest version, on a connection of its own: operations do not
+        wait for long migrations, such as an index of many records."""
+        connection = await self._factory.connect()
+        try:
+            async with asyncio.timeout(MIGRATION_TIMEOUT):
+                await self._apply_migrations(connection)
+        except TimeoutError as error:
+            raise LedgerError("the ledger was not migrated in time") from error
+        finally:
+            connection.terminate()
+
+    async def _apply_migrations(self, connection: DbConnection) -> None:
         for statement in connection.begin_exclusive:
             await connection.fetch(statement)
         await connection.fetch(self._schema.create_version_table)
@@ -217,7 +240,7 @@ class LedgerDatabase:
         version = rows[0][0] if rows else 0
         newest = len(self._schema.migrations)
         if version <= newest:
-            return migration_statements(self._schema, version)
+            return migration_statements(self._schema, version, connection.dialect)
         min_reader = await self._min_reader(connection, version)
         if min_reader <= newest:
             return ()
@@ -248,18 +271,16 @@ async def run_transaction(
     await connection.fetch("COMMIT")
 
 
-def migration_statements(schema: Schema, version: int) -> Sequence[StatementRows]:
+def migration_statements(
+    schema: Schema, version: int, dialect: SqlDialect
+) -> Sequence[StatementRows]:
     """Return the statements that migrate a schema of this version to the newest."""
     newest = len(schema.migrations)
     if version == newest:
         return ()
-    changes = [
-        (statement, NO_PARAMETERS)
-        for migration in schema.migrations[version:]
-        for statement in migration
-    ]
+    changes = schema.migrations_after(version, dialect)
     return (
-        *changes,
+        *((statement, NO_PARAMETERS) for statement in changes),
         (schema.delete_version, NO_PARAMETERS),
         (schema.insert_version, ((newest,),)),
         (DELETE_MIN_READER, ((schema.version_table,),)),

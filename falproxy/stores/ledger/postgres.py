@@ -14,7 +14,7 @@ from falproxy.spans import client_span
 from falproxy.stores.ledger import InvalidRowError, LedgerError
 from falproxy.stores.ledger.database import LedgerDatabase
 from falproxy.stores.ledger.rows import Row
-from falproxy.stores.ledger.schema import Schema
+from falproxy.stores.ledger.schema import Schema, SqlDialect
 from falproxy.stores.ledger.sql_ledger import SqlLedger
 from falproxy.stores.ledger.statements import LEDGER_SCHEMA
 
@@ -50,9 +50,12 @@ class PostgresConnection:
     the server does not respond.
     """
 
+    dialect: SqlDialect = "postgres"
     begin_statement = "BEGIN"
     # The number of the advisory lock is arbitrary; other applications should not use the same.
     begin_exclusive: tuple[str, ...] = (begin_statement, "SELECT pg_advisory_xact_lock(7065834219)")
+    # The lock of the triggers in `period_sums`.
+    lock_sums_query = "SELECT pg_try_advisory_xact_lock(7065834220)"
     table_exists_query = "SELECT 1 WHERE to_regclass(CAST($1 AS TEXT)) IS NOT NULL"
     # Without row level security, Supabase gives everyone with the public key of a project access to
     # its tables. The owner of the tables keeps access.

@@ -20,7 +20,8 @@ from falproxy.stores.ledger import (
     UserTotals,
 )
 from falproxy.stores.ledger.rows import interval_name
-from falproxy.stores.ledger.statements import MILLISECONDS, SUMMARY_GROUPS
+from falproxy.stores.ledger.statements import MILLISECONDS
+from falproxy.stores.ledger.totals_queries import SUMMARY_GROUPS
 
 Json = dict[str, object]
 TableBy = Literal[GroupBy, "user"]

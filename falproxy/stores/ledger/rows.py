@@ -29,8 +29,8 @@ from falproxy.stores.ledger.statements import (
     JOB_UPDATE_COLUMNS,
     MILLISECONDS,
     RECORD_COLUMNS,
-    SUMMARY_GROUPS,
 )
+from falproxy.stores.ledger.totals_queries import SUMMARY_GROUPS
 
 # Values of the columns: str, int, float and None.
 Row = Sequence[Any]

@@ -7,6 +7,9 @@ version works with the newer schema. A migration that older versions cannot work
 """
 
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+SqlDialect = Literal["sqlite", "postgres"]
 
 # Beside the version tables, whose only column older versions write. A row is valid for the version
 # in it.
@@ -25,6 +28,13 @@ INSERT_MIN_READER = f"""
 """
 
 
+class DialectStatements(NamedTuple):
+    """Statements of a migration that differ between the databases, such as triggers."""
+
+    sqlite: tuple[str, ...]
+    postgres: tuple[str, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Schema:
     """Tables with a common version.
@@ -37,9 +47,17 @@ class Schema:
     """
 
     version_table: str
-    migrations: tuple[tuple[str, ...], ...]
+    migrations: tuple[tuple[str | DialectStatements, ...], ...]
     tables: tuple[str, ...]
     min_reader: int = 1
+
+    def migrations_after(self, version: int, dialect: SqlDialect) -> list[str]:
+        """Return the statements that migrate a schema of this version to the newest."""
+        statements: list[str] = []
+        for migration in self.migrations[version:]:
+            for each in migration:
+                statements += (each,) if isinstance(each, str) else getattr(each, dialect)
+        return statements
 
     @property
     def select_version(self) -> str:

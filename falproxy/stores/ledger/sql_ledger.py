@@ -16,7 +16,7 @@ from falproxy.stores.ledger import (
     UsageQuery,
     UserTotals,
 )
-from falproxy.stores.ledger.database import LedgerDatabase
+from falproxy.stores.ledger.database import DbConnection, LedgerDatabase
 from falproxy.stores.ledger.rows import (
     Row,
     job_from_row,
@@ -50,6 +50,10 @@ from falproxy.stores.ledger.statements import (
     RENEW_JOBS,
     SAVE_JOB,
     SELECT_LATEST,
+)
+from falproxy.stores.ledger.totals_queries import (
+    SELECT_OPEN_PERIODS,
+    SUM_STATEMENTS,
     SUMMARY_QUERIES,
     TOTALS_QUERIES,
     USER_TOTALS_QUERY,
@@ -98,6 +102,24 @@ class SqlLedger:
 
     async def read(self, statement: str, row: Row = ()) -> list[Row]:
         return await self._database.read(statement, row)
+
+    async def sum_periods(self, until: float, limit: int) -> int:
+        async def sum_open_periods(connection: DbConnection) -> int:
+            await connection.fetch(connection.begin_statement)
+            ((is_locked,),) = await connection.fetch(connection.lock_sums_query)
+            total = 0
+            for length, statements in SUM_STATEMENTS.items():
+                numbers: list[Row] = []
+                if is_locked:
+                    row = (to_ms(until), limit - total)
+                    numbers = await connection.fetch(SELECT_OPEN_PERIODS[length], row)
+                for statement in statements:
+                    await connection.execute_many(statement, numbers)
+                total += len(numbers)
+            await connection.fetch("COMMIT")
+            return total
+
+        return await self._database.write(sum_open_periods)
 
     async def latest(self, query: UsageQuery) -> list[CallRecord]:
         rows = await self._database.read(SELECT_LATEST, query_to_row(query))

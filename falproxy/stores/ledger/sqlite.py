@@ -15,7 +15,7 @@ import aiosqlite
 from falproxy.stores.ledger import InvalidRowError, LedgerError
 from falproxy.stores.ledger.database import LedgerDatabase
 from falproxy.stores.ledger.rows import Row
-from falproxy.stores.ledger.schema import Schema
+from falproxy.stores.ledger.schema import Schema, SqlDialect
 from falproxy.stores.ledger.sql_ledger import SqlLedger
 from falproxy.stores.ledger.statements import LEDGER_SCHEMA
 from falproxy.stores.private_files import make_private_file
@@ -38,8 +38,10 @@ ClosingFutures = set["asyncio.Future[object]"]
 
 
 class SqliteConnection:
+    dialect: SqlDialect = "sqlite"
     begin_statement = "BEGIN IMMEDIATE"
     begin_exclusive: tuple[str, ...] = (begin_statement,)
+    lock_sums_query = "SELECT 1"  # BEGIN IMMEDIATE excludes others
     table_exists_query = "SELECT 1 FROM sqlite_master WHERE name = $1"
     privacy_statement: str | None = None  # the file mode restricts access
 

@@ -4,7 +4,8 @@ Times are integers, in milliseconds since 1970: both databases divide these alik
 """
 
 from falproxy.stores.ledger import FREE_OUTCOMES, UNFINISHED_STATUSES, GroupBy, Interval
-from falproxy.stores.ledger.schema import Schema
+from falproxy.stores.ledger.period_sums import ADD_SUMS, PERIODS_TABLE, SUMS_TABLE
+from falproxy.stores.ledger.schema import DialectStatements, Schema
 
 RECORD_COLUMNS = (
     "id", "at", "route", "status", "principal", "user_id", "operation", "endpoint", "request_id",
@@ -20,10 +21,13 @@ JOB_COLUMNS = (
 # The columns that the writer of a job sets; the ledger sets the times.
 JOB_INPUT_COLUMNS = JOB_COLUMNS[:-3]
 
-TABLES = ("falproxy_ledger", "falproxy_entries", "falproxy_outcomes", "falproxy_jobs")
+TABLES = (
+    "falproxy_ledger", "falproxy_entries", "falproxy_outcomes", "falproxy_jobs", PERIODS_TABLE,
+    SUMS_TABLE,
+)  # fmt: skip
 
 # Each item migrates the schema by one version. Released items are never changed.
-MIGRATIONS: tuple[tuple[str, ...], ...] = (
+MIGRATIONS: tuple[tuple[str | DialectStatements, ...], ...] = (
     (
         """CREATE TABLE falproxy_entries (
             id TEXT PRIMARY KEY, at BIGINT NOT NULL, route TEXT NOT NULL, status BIGINT NOT NULL,
@@ -56,6 +60,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "ALTER TABLE falproxy_jobs ADD COLUMN details TEXT NOT NULL DEFAULT '{}'",
         "CREATE INDEX falproxy_jobs_by_owner ON falproxy_jobs (owner, api, created_at, id)",
     ),
+    ADD_SUMS,
     (
         "ALTER TABLE falproxy_entries ADD COLUMN error_type TEXT",
         "ALTER TABLE falproxy_outcomes ADD COLUMN error_type TEXT",
@@ -64,7 +69,6 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "ALTER TABLE falproxy_outcomes ADD COLUMN call_at BIGINT",
         "ALTER TABLE falproxy_outcomes ADD COLUMN endpoint TEXT",
         "ALTER TABLE falproxy_outcomes ADD COLUMN principal TEXT",
-        "CREATE INDEX falproxy_entries_by_request ON falproxy_entries (request_id)",
         "CREATE INDEX falproxy_entries_by_principal ON falproxy_entries (principal, at)",
         """CREATE INDEX falproxy_entries_failed ON falproxy_entries
             (at, status, error, error_type, endpoint, principal, request_id)
@@ -128,10 +132,11 @@ ADD_OUTCOME = f"""
 
 PAGE = "LIMIT $4 OFFSET $5"
 # Records with their outcomes.
-FROM_RECORDS = """
-    FROM falproxy_entries AS e LEFT JOIN falproxy_outcomes AS o ON o.request_id = e.request_id
-    WHERE e.at >= $1 AND e.at < $2
-        AND (CAST($3 AS TEXT) IS NULL OR e.principal = CAST($3 AS TEXT))
+FROM_OUTCOMES = "LEFT JOIN falproxy_outcomes AS o ON o.request_id = e.request_id"
+IS_OF_PRINCIPAL = "(CAST($3 AS TEXT) IS NULL OR e.principal = CAST($3 AS TEXT))"
+FROM_RECORDS = f"""
+    FROM falproxy_entries AS e {FROM_OUTCOMES}
+    WHERE e.at >= $1 AND e.at < $2 AND {IS_OF_PRINCIPAL}
 """
 # Columns of a record that its outcome overrides.
 MERGED_COLUMNS = {
@@ -190,60 +195,11 @@ OWN_COLUMNS = (
 )  # fmt: skip
 
 
-def merged_records() -> str:
-    """Return the subquery that totals are computed from."""
-    own = ", ".join(f"e.{column}" for column in OWN_COLUMNS)
-    merged = ", ".join(map(merged_column, ("status", "error", "settled")))
-    return f"(SELECT {own}, {merged} {FROM_RECORDS}) AS merged"
+def merged_columns() -> str:
+    """Return the columns that totals are computed from."""
+    own = [f"e.{column}" for column in OWN_COLUMNS]
+    return ", ".join((*own, *map(merged_column, ("status", "error", "settled"))))
 
-
-def totals_query(by: GroupBy | None) -> str:
-    name, order = GROUP_EXPRESSIONS[by]
-    records = merged_records()
-    return f"SELECT {name} AS name, {TOTALS_COLUMNS} FROM {records} GROUP BY 1 {order} {PAGE}"
-
-
-TOTALS_QUERIES = {by: totals_query(by) for by in GROUP_EXPRESSIONS}
-USER_TOTALS_QUERY = f"""
-    SELECT COALESCE(principal, '') AS caller, COALESCE(user_id, '') AS name, {TOTALS_COLUMNS}
-    FROM {merged_records()} GROUP BY 1, 2 {ORDER_BY_SPENT}, caller {PAGE}
-"""
-
-INTEGER_COLUMNS = ("calls", "errors", "hits", "misses", "unpriced", "spent", "saved")
-FLOAT_COLUMNS = ("seconds", "upstream_seconds")
-# Totals of totals.
-SUM_COLUMNS = ", ".join(
-    [f"CAST(SUM({name}) AS BIGINT) AS {name}" for name in INTEGER_COLUMNS]
-    + [f"SUM({name}) AS {name}" for name in FLOAT_COLUMNS]
-)
-SUMMARY_GROUPS: tuple[GroupBy, ...] = ("endpoint", "principal", "route")
-
-
-def summary_query(interval: Interval) -> str:
-    """Return the query of all summaries. It scans the records once, and computes the summaries
-    from the totals of each combination of groups."""
-    names = ", ".join(
-        f"{GROUP_EXPRESSIONS[by][0]} AS {by}_name" for by in (interval, *SUMMARY_GROUPS)
-    )
-    parts = [
-        f"""SELECT * FROM (
-            SELECT '{by}' AS part, CAST({by}_name AS TEXT) AS name, {SUM_COLUMNS} FROM summed
-            GROUP BY {by}_name {order} {PAGE}
-        ) AS by_{by}"""
-        for by, order in (
-            (interval, f"ORDER BY {interval}_name"),
-            *((by, ORDER_BY_SPENT) for by in SUMMARY_GROUPS),
-        )
-    ]
-    return f"""
-        WITH summed AS MATERIALIZED (
-            SELECT {names}, {TOTALS_COLUMNS} FROM {merged_records()} GROUP BY 1, 2, 3, 4
-        )
-        {" UNION ALL ".join(parts)}
-    """
-
-
-SUMMARY_QUERIES = {step: summary_query(step) for step in MILLISECONDS}
 
 # Rows of one DELETE: other processes wait for the lock of an SQLite file meanwhile.
 DELETE_BATCH_SIZE = 1000

@@ -38,6 +38,9 @@ RETRY_INTERVAL_MIN = 0.1  # the same during shutdown
 QUEUE_MAX = 50_000  # rows; when the queue is full, the oldest are dropped
 WARNING_INTERVAL = 60.0  # seconds between warnings
 RETENTION_INTERVAL = 3600.0  # seconds between deletions of old records
+SUM_INTERVAL = 10.0  # seconds until the sums of changed periods are computed
+# Periods that are summed in one transaction: so many that it takes about this time in seconds.
+SUM_BATCH_MAX, SUM_SECONDS = 200, 0.1
 
 
 class LedgerWriter:
@@ -103,6 +106,7 @@ class LedgerWriter:
         self._tasks = [
             loop.create_task(self._write_loop()),
             loop.create_task(self._retention_loop()),
+            loop.create_task(self._sum_loop()),
         ]
         for task in self._tasks:
             task.add_done_callback(log_task_error)
@@ -175,6 +179,20 @@ class LedgerWriter:
             except LedgerError as error:
                 logger.info("Old ledger records were not deleted: %s", error)
             await asyncio.sleep(RETENTION_INTERVAL)
+
+    async def _sum_loop(self) -> None:
+        limit = 1
+        while True:
+            started = time.monotonic()
+            try:
+                count = await self.ledger.sum_periods(time.time(), limit)
+            except LedgerError as error:
+                logger.info("Sums of the ledger were not computed: %s", error)
+                count, limit = 0, 1
+            seconds = time.monotonic() - started
+            limit = min(limit * 2, SUM_BATCH_MAX) if seconds < SUM_SECONDS else limit // 2 or 1
+            # Half of the time is left to others while sums of old records are computed.
+            await asyncio.sleep(seconds if count else SUM_INTERVAL)
 
     def _on_failure(self, error: LedgerError) -> None:
         self.is_down, self.last_error = True, str(error)

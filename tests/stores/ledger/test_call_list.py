@@ -1,7 +1,7 @@
 """The list of calls and the performance of a period, over SQLite and over PostgreSQL."""
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,16 @@ from falproxy.stores.ledger.performance import (
 )
 from falproxy.stores.ledger.postgres import postgres_ledger
 from falproxy.stores.ledger.sqlite import sqlite_ledger
+from tests.support.postgres_server import PostgresServer, postgres_server
 
 NOON = 1_800_000_000.0 - 1_800_000_000 % 86400 + 43200
 HOUR, DAY = 3600.0, 86400.0
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[PostgresServer]:
+    with postgres_server() as running:
+        yield running
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.slow)])

@@ -28,13 +28,25 @@ from falproxy.stores.ledger.sqlite import sqlite_ledger
 from tests.support.postgres_server import PostgresServer, postgres_server
 
 START = 1_800_000_000
+END = START + 60 * 86400
 IDS = ("r1", "r2", "r3", None)
 AMOUNTS = st.none() | st.integers(0, 2**53)
 NAMES = st.sampled_from(["a", "b", "", None])
+# Milliseconds: anywhere, close to each other, and at the limits of hours, days and months.
+MOMENTS = (
+    st.integers(START * 1000, (START + 70 * 86400) * 1000)
+    | st.integers(START * 1000, (START + 7200) * 1000)
+    | st.builds(
+        lambda length, number, offset: (START // length + number) * length * 1000 + offset,
+        st.sampled_from([3600, 86400, 30 * 86400]),
+        st.integers(0, 2),
+        st.integers(-1, 1),
+    )
+)
 
 RECORDS = st.builds(
     CallRecord,
-    at=st.integers(START * 1000, (START + 3 * 86400) * 1000).map(lambda ms: ms / 1000),
+    at=MOMENTS.map(lambda ms: ms / 1000),
     route=st.sampled_from(["proxy", "kontext"]),
     status=st.sampled_from([200, 202, 422, 499, 500]),
     principal=NAMES,
@@ -56,7 +68,7 @@ OUTCOMES = st.builds(
     units=st.none() | st.integers(0, 9).map(Decimal),
     settled=AMOUNTS,
 )
-TIMES = st.integers(START - 10, START + 3 * 86400 + 10).map(float)
+TIMES = MOMENTS.map(lambda ms: ms / 1000)
 QUERIES = st.builds(UsageQuery, since=TIMES, until=TIMES, principal=NAMES)
 INTERVAL_FORMATS = {"minute": "%Y-%m-%dT%H:%MZ", "hour": "%Y-%m-%dT%H:00Z", "day": "%Y-%m-%d"}
 
@@ -150,10 +162,14 @@ def expected_users(records: Sequence[CallRecord]) -> list[UserTotals]:
     )
 
 
-async def compare(ledger: Ledger, rows: Sequence[CallRecord | Outcome], query: UsageQuery) -> None:
+async def compare(
+    ledger: Ledger, rows: Sequence[CallRecord | Outcome], query: UsageQuery, summed: Sequence[int]
+) -> None:
+    """summed: number of periods that are summed after each write."""
     async with ledger:
-        for start in range(0, len(rows), 7):
+        for start, limit in zip(range(0, len(rows), 7), summed, strict=False):
             await ledger.write(rows[start : start + 7])
+            await ledger.sum_periods(END, limit)
         records = [
             record
             for record in merged(rows)
@@ -178,7 +194,8 @@ def server() -> Iterator[PostgresServer]:
 
 
 # The rows are written in this order: the merge of outcomes depends on it.
-ROWS = st.lists(RECORDS | OUTCOMES, max_size=30)
+ROWS = st.lists(RECORDS | OUTCOMES, max_size=40)
+SUMMED = st.lists(st.sampled_from([0, 2, 100]), min_size=6, max_size=6)
 SQLITE_SETTINGS = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -189,18 +206,24 @@ POSTGRES_SETTINGS = settings(
 
 @pytest.mark.slow
 @SQLITE_SETTINGS
-@given(rows=ROWS, query=QUERIES | st.just(UsageQuery()))
+@given(rows=ROWS, query=QUERIES | st.just(UsageQuery()), summed=SUMMED)
 def test_totals_in_sqlite(
-    tmp_path_factory: pytest.TempPathFactory, rows: list[CallRecord | Outcome], query: UsageQuery
+    tmp_path_factory: pytest.TempPathFactory,
+    rows: list[CallRecord | Outcome],
+    query: UsageQuery,
+    summed: list[int],
 ) -> None:
     file = tmp_path_factory.mktemp("ledger") / "ledger.sqlite"
-    asyncio.run(compare(sqlite_ledger(Path(file)), rows, query))
+    asyncio.run(compare(sqlite_ledger(Path(file)), rows, query, summed))
 
 
 @pytest.mark.slow
 @POSTGRES_SETTINGS
-@given(rows=ROWS, query=QUERIES | st.just(UsageQuery()))
+@given(rows=ROWS, query=QUERIES | st.just(UsageQuery()), summed=SUMMED)
 def test_totals_in_postgres(
-    server: PostgresServer, rows: list[CallRecord | Outcome], query: UsageQuery
+    server: PostgresServer,
+    rows: list[CallRecord | Outcome],
+    query: UsageQuery,
+    summed: list[int],
 ) -> None:
-    asyncio.run(compare(postgres_ledger(server.fresh()), rows, query))
+    asyncio.run(compare(postgres_ledger(server.fresh()), rows, query, summed))
