@@ -131,7 +131,7 @@ async function waitForRange(page, range) {
 async function readNumbers(page) {
   const tiles = {};
   for (const id of ["calls", "errors", "hits", "spent", "saved", "latency", "in-flight"]) {
-    tiles[id] = await page.locator(`#${id} dd`).allInnerTexts();
+    tiles[id] = await page.locator(`#${id} dd`).allTextContents();
   }
   const rows = (id) =>
     page.locator(`#${id} tbody tr`).evaluateAll((elements) =>

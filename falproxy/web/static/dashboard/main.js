@@ -82,9 +82,8 @@ async function refresh(isByUser = false) {
     isUnauthorized = response.status === 401 || response.status === 403;
     if (response.ok) {
       const usage = await response.json();
-      await loadPrevious(signal);
       showUsage(usage, isByUser);
-      await showDetails(signal, isByUser);
+      await showDetails(usage, signal, isByUser);
     } else {
       await showResponseError(response);
     }
@@ -101,25 +100,37 @@ async function refresh(isByUser = false) {
 }
 
 /** Load what the other parts of the dashboard show. One that fails leaves the others. */
-async function showDetails(signal, isByUser) {
-  const performance = fetchDocument(`api/usage/performance?${rangeQuery()}`, signal).then((found) => {
-    if (found !== null) {
-      showPerformance(found, previous.performance);
-      showFailures(found, showCalls);
-      suggestErrors(found);
-    }
-  });
-  const results = await Promise.allSettled([performance, showState(), isByUser ? reload() : refreshCallList()]);
-  const failed = results.find(({ reason }) => reason !== undefined && reason.name !== "AbortError");
+async function showDetails(usage, signal, isByUser) {
+  const results = await Promise.allSettled([
+    loadPerformance(usage, signal),
+    showState(usage.principal === null, signal),
+    isByUser ? reload() : refreshCallList(),
+  ]);
+  const failed = results.find(({ reason }) => reason !== undefined);
   if (failed !== undefined) {
     throw failed.reason;
   }
 }
 
-/** Load the numbers of the period before, which change rarely. */
+async function loadPerformance(usage, signal) {
+  const performance = await fetchDocument(`api/usage/performance?${rangeQuery()}`, signal);
+  if (performance !== null) {
+    showPerformance(performance, previous.performance);
+    showFailures(performance, showCalls);
+    suggestErrors(performance);
+  }
+  if (await loadPrevious(signal)) {
+    showTilesAndCharts(usage, previous.usage);
+    if (performance !== null) {
+      showPerformance(performance, previous.performance);
+    }
+  }
+}
+
+/** Load the numbers of the period before, which change rarely. Return whether they were loaded. */
 async function loadPrevious(signal) {
   if (Date.now() - previous.at < PREVIOUS_INTERVAL) {
-    return;
+    return false;
   }
   const query = previousQuery();
   const [usage, performance] = await Promise.all([
@@ -127,6 +138,7 @@ async function loadPrevious(signal) {
     fetchDocument(`api/usage/performance?${query}`, signal),
   ]);
   previous = { usage, performance, at: Date.now() };
+  return true;
 }
 
 /** Return a document; null if the proxy refuses it, such as a period that is too long. */

@@ -9,12 +9,20 @@ const NAMES = {
   storage: "Storage of files", owners: "Request owners", postgres: "PostgreSQL", redis: "Redis", supabase: "Supabase",
 };
 
-/** Load the state and show it. Nothing is shown to callers who may not see it. */
-export async function showState() {
-  const response = await fetchFromProxy("api/usage/state");
-  byId("state-panel").hidden = !response.ok;
+/**
+ * Load the state and show it.
+ *
+ * @param {boolean} isVisible whether the caller may see it @param {AbortSignal} signal
+ */
+export async function showState(isVisible, signal) {
+  byId("in-flight").hidden = !isVisible;
+  byId("state-panel").hidden = !isVisible;
+  if (!isVisible) {
+    return;
+  }
+  const response = await fetchFromProxy("api/usage/state", { signal });
   if (!response.ok) {
-    setTile("in-flight", "–", "for admins only");
+    byId("state-panel").hidden = true;
     return;
   }
   const state = await response.json();
