@@ -1,7 +1,7 @@
-"""Growth with open calls: memory of waiting runs, memory after their end, and cost per poll and per hit.
+"""Growth with open calls: memory of waiting runs and after their end, cost of a poll and of a hit.
 
-Run it with `make bench`, or `python bench/growth.py [open calls]`. falproxy is one process, without TLS
-to fal unless `--tls` is given. The reports of a large ledger are measured by `bench/usage.py`.
+Run it with `make bench`, or `python bench/growth.py [open calls]`. falproxy is one process; with
+`--tls` it has TLS connections to fal. `bench/usage.py` measures the reports of a large ledger.
 """
 
 import argparse
@@ -138,18 +138,19 @@ async def main() -> int:
         server = await asyncio.start_server(fal.serve, "127.0.0.1", 0, ssl=context, backlog=4096)
         scheme = "https" if options.tls else "http"
         fal_port = server.sockets[0].getsockname()[1]
-        with open(folder / "log", "wb") as log:
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "falproxy", "serve", "--port", "0"),
-                stderr=log,
-                env={
-                    **environment,
-                    "PATH": os.environ["PATH"],
-                    "FAL_KEY": "id:secret",
-                    "FALPROXY_DATA_DIR": str(folder / "data"),
-                    "FALPROXY_UPSTREAM_ORIGIN": f"{scheme}://127.0.0.1:{fal_port}",
-                },
-            )
+        log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT)
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "falproxy", "serve", "--port", "0"),
+            stderr=log,
+            env={
+                **environment,
+                "PATH": os.environ["PATH"],
+                "FAL_KEY": "id:secret",
+                "FALPROXY_DATA_DIR": str(folder / "data"),
+                "FALPROXY_UPSTREAM_ORIGIN": f"{scheme}://127.0.0.1:{fal_port}",
+            },
+        )
+        os.close(log)
         try:
             while not (match := LISTENS.search((folder / "log").read_bytes())):
                 await asyncio.sleep(0.05)
@@ -161,38 +162,42 @@ async def main() -> int:
 
 
 async def measure(fal: Fal, pid: int, port: int, options: argparse.Namespace) -> None:
-    waiting = [await Client.connect(port) for _ in range(10)]
-    for number, client in enumerate(waiting):
-        client.post(WAITING, number)
+    waiting = await open_runs(fal, port, 0, 10)
     few = [await cost(pid, port, POLLS, cached) for cached in (False, True)]
     before = rss_kb(pid)
-    for number in range(10, options.calls):
-        client = await Client.connect(port)
-        client.post(WAITING, number)
-        waiting.append(client)
-        while fal.waiting < number - 100:
-            await asyncio.sleep(0.001)
-    while fal.waiting < options.calls:
-        await asyncio.sleep(0.05)
+    waiting += await open_runs(fal, port, 10, options.calls)
     await asyncio.sleep(3)
     each = (rss_kb(pid) - before) / (options.calls - 10)
+    write(f"a waiting run: {each:.1f} KB")
     many = [await cost(pid, port, POLLS, cached) for cached in (False, True)]
-    peak = rss_kb(pid)
+    for name, low, high in zip(("poll", "hit"), few, many, strict=True):
+        write(
+            f"{name}: {low:.0f} µs with 10 open calls, {high:.0f} with {options.calls} "
+            f"(x {high / low:.2f})"
+        )
+    write(f"{before / 1024:.0f} MB before, {rss_kb(pid) / 1024:.0f} with all calls")
     fal.may_end.set()
     for client in waiting:
         await client.response()
-    write(f"a waiting run: {each:.1f} KB")
-    for name, low, high in zip(("poll", "hit"), few, many, strict=True):
-        write(f"{name}: {low:.0f} µs with 10 open calls, {high:.0f} with {options.calls}"
-              f" (x {high / low:.2f})")  # fmt: skip
-    ended = time.monotonic()
-    write(f"held: {before / 1024:.0f} MB before, {peak / 1024:.0f} with all calls")
-    for client in waiting:
         client.writer.close()
-    for seconds in (3, 10, 30, 60):
-        if seconds <= options.idle:
-            await asyncio.sleep(ended + seconds - time.monotonic())
-            write(f"{seconds} s after their end: {rss_kb(pid) / 1024:.0f} MB")
+    ended = time.monotonic()
+    for seconds in [each for each in (3, 10, 30, 60) if each <= options.idle]:
+        await asyncio.sleep(ended + seconds - time.monotonic())
+        write(f"{seconds} s after their end: {rss_kb(pid) / 1024:.0f} MB")
+
+
+async def open_runs(fal: Fal, port: int, first: int, last: int) -> list[Client]:
+    """Return the clients of runs that wait at fal."""
+    clients = []
+    for number in range(first, last):
+        client = await Client.connect(port)
+        client.post(WAITING, number)
+        clients.append(client)
+        while fal.waiting < number - 100:
+            await asyncio.sleep(0.001)
+    while fal.waiting < last:
+        await asyncio.sleep(0.05)
+    return clients
 
 
 def write(line: str) -> None:
