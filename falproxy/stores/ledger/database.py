@@ -267,7 +267,10 @@ async def run_transaction(
     for statement in begin_statements:
         await connection.fetch(statement)
     for statement, rows in statements:
-        await connection.execute_many(statement, rows)
+        if rows is NO_PARAMETERS:
+            await connection.fetch(statement)
+        else:
+            await connection.execute_many(statement, rows)
     await connection.fetch("COMMIT")
 
 

@@ -35,36 +35,54 @@ def open_periods(at: str, source: str) -> str:
     """
 
 
-OF_NEW_RECORD = open_periods("NEW.at", "").format("")
-OF_DELETED_RECORD = open_periods("OLD.at", "").format("")
-OF_OUTCOME = open_periods("e.at", "falproxy_entries AS e CROSS JOIN").format(
-    "e.request_id = NEW.request_id AND"
-)
+# Whether the hour of a time is open, and so its day and its month.
+IS_OPEN = """EXISTS (
+    SELECT 1 FROM falproxy_open_periods AS o
+    WHERE o.length = 3600000 AND o.number = {} / 3600000
+)"""
+ITS_RECORDS = "falproxy_entries AS e WHERE e.request_id = NEW.request_id"
 OF_ALL_RECORDS = open_periods(
     "e.at", "(SELECT DISTINCT at / 3600000 * 3600000 AS at FROM falproxy_entries) AS e CROSS JOIN"
 ).format("")
-
-# Name → table, events, statement.
+OF_ITS_RECORDS = open_periods("e.at", "falproxy_entries AS e CROSS JOIN").format(
+    "e.request_id = NEW.request_id AND"
+)
+# Name → table, events, condition, statement. In most cases the condition is false.
 TRIGGERS = {
-    "falproxy_record_added": ("falproxy_entries", ("INSERT",), OF_NEW_RECORD),
-    "falproxy_record_deleted": ("falproxy_entries", ("DELETE",), OF_DELETED_RECORD),
-    "falproxy_outcome_changed": ("falproxy_outcomes", ("INSERT", "UPDATE"), OF_OUTCOME),
+    "falproxy_record_added": (
+        "falproxy_entries",
+        ("INSERT",),
+        f"NOT {IS_OPEN.format('NEW.at')}",
+        open_periods("NEW.at", "").format(""),
+    ),
+    "falproxy_record_deleted": (
+        "falproxy_entries",
+        ("DELETE",),
+        f"NOT {IS_OPEN.format('OLD.at')}",
+        open_periods("OLD.at", "").format(""),
+    ),
+    "falproxy_outcome_changed": (
+        "falproxy_outcomes",
+        ("INSERT", "UPDATE"),
+        f"EXISTS (SELECT 1 FROM {ITS_RECORDS} AND NOT {IS_OPEN.format('e.at')})",
+        OF_ITS_RECORDS,
+    ),
 }
 SQLITE_TRIGGERS = tuple(
     f"""CREATE TRIGGER IF NOT EXISTS {name}_{event.lower()} AFTER {event} ON {table}
-        BEGIN {statement}; END"""
-    for name, (table, events, statement) in TRIGGERS.items()
+        WHEN {condition} BEGIN {statement}; END"""
+    for name, (table, events, condition, statement) in TRIGGERS.items()
     for event in events
 )
 # The lock is held until the end of the transaction. Without it, a process could compute the sums of
 # a period, and close it, while a new record is not committed and so not visible to it.
 POSTGRES_TRIGGERS = tuple(
     each
-    for name, (table, events, statement) in TRIGGERS.items()
+    for name, (table, events, condition, statement) in TRIGGERS.items()
     for each in (
         f"""CREATE OR REPLACE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
             PERFORM pg_advisory_xact_lock_shared(7065834220);
-            {statement} ON CONFLICT DO NOTHING;
+            IF {condition} THEN {statement} ON CONFLICT DO NOTHING; END IF;
             RETURN NULL;
         END $$""",
         f"DROP TRIGGER IF EXISTS {name} ON {table}",

@@ -52,6 +52,7 @@ from falproxy.stores.ledger.statements import (
     SELECT_LATEST,
 )
 from falproxy.stores.ledger.totals_queries import (
+    HAS_OPEN_PERIODS,
     SELECT_OPEN_PERIODS,
     SUM_STATEMENTS,
     SUMMARY_QUERIES,
@@ -119,6 +120,8 @@ class SqlLedger:
             await connection.fetch("COMMIT")
             return total
 
+        if not await self._database.execute(HAS_OPEN_PERIODS, (to_ms(until),)):
+            return 0
         return await self._database.write(sum_open_periods)
 
     async def latest(self, query: UsageQuery) -> list[CallRecord]:

@@ -172,6 +172,9 @@ def summary_query(interval: Interval) -> str:
 
 SUMMARY_QUERIES = {step: summary_query(step) for step in MILLISECONDS}
 
+HAS_OPEN_PERIODS = """
+    SELECT 1 FROM falproxy_open_periods WHERE (number + 1) * length <= CAST($1 AS BIGINT) LIMIT 1
+"""
 # The statements that compute sums. Their parameter is the number of a period.
 SELECT_OPEN_PERIODS = {
     length: f"""
