@@ -37,6 +37,7 @@ from falproxy.stores.ledger.schema import Schema, SqlDialect
 from falproxy.stores.ledger.sqlite import sqlite_ledger
 from falproxy.stores.ledger.statements import LEDGER_SCHEMA
 from falproxy.stores.ledger.writer import LedgerWriter
+from tests.support.ledger_schema import UNDO_CALL_TIMES
 from tests.support.store_processes import StoreProcesses
 
 LEASE_SECONDS = 0.2
@@ -645,17 +646,11 @@ async def test_records_and_jobs_survive_a_restart(processes: Processes) -> None:
         assert await second.get_job(stored.id, "ann") == stored
 
 
-NEW_INDEXES = ("entries_by_principal", "entries_failed", "outcomes_failed")
-NEW_COLUMNS = ("error_type", "ended_at", "run_ms", "call_at", "endpoint", "principal")
-
-
 async def test_a_ledger_of_the_first_version_is_migrated(processes: Processes) -> None:
     async with processes.make() as first:
         await first.write([FULL])
         for statement in (
-            *(f"DROP INDEX falproxy_{name}" for name in NEW_INDEXES),
-            *(f"ALTER TABLE falproxy_outcomes DROP COLUMN {name}" for name in NEW_COLUMNS),
-            "ALTER TABLE falproxy_entries DROP COLUMN error_type",
+            *UNDO_CALL_TIMES,
             "ALTER TABLE falproxy_entries DROP COLUMN proxy_request_id",
             "DROP INDEX falproxy_jobs_by_owner",
             "ALTER TABLE falproxy_jobs DROP COLUMN api",
