@@ -14,7 +14,8 @@ from falproxy.stores.ledger import CallRecord, QueryReader
 from falproxy.stores.ledger.rows import MS_MAX, Row, clean_text, record_from_row, to_ms
 from falproxy.stores.ledger.statements import RECORD_COLUMNS, merged_column
 
-SCAN_ROWS = 10_000  # rows of one query
+# Rows of one query: few at first, since most pages are full then.
+SCAN_ROWS_MIN, SCAN_ROWS_MAX, SCAN_GROWTH = 250, 10_000, 6
 SCAN_SECONDS = 0.1  # after which no further query is begun
 MS = 1000
 
@@ -71,14 +72,14 @@ EVERY_CALL = "AND CAST($5 AS TEXT) IS NULL"
 
 def page_query(own_calls: str) -> str:
     return f"""
-        SELECT {CALL_COLUMNS} FROM ({scanned_rows("*", own_calls)} LIMIT {SCAN_ROWS}) AS e
+        SELECT {CALL_COLUMNS} FROM ({scanned_rows("*", own_calls)} LIMIT $20) AS e
         LEFT JOIN falproxy_outcomes AS o ON o.request_id = e.request_id
         WHERE {FILTERS} ORDER BY e.at DESC, e.id DESC LIMIT $6
     """
 
 
 def last_scanned_query(own_calls: str) -> str:
-    return f"{scanned_rows('at, id', own_calls)} LIMIT 1 OFFSET {SCAN_ROWS - 1}"
+    return f"{scanned_rows('at, id', own_calls)} LIMIT 1 OFFSET $6"
 
 
 # By whether the calls of one caller only are read.
@@ -162,18 +163,20 @@ async def list_calls(
     is_own = query.caller is not None
     found: list[ListedCall] = []
     position = query.after or CallPosition(MS_MAX, "")
+    scan_rows = SCAN_ROWS_MIN
     while True:
         row = query_row(query, position, limit + 1 - len(found))
-        rows = await reader.read(PAGE_QUERIES[is_own], row)
+        rows = await reader.read(PAGE_QUERIES[is_own], (*row, scan_rows))
         found += map(call_from_row, rows)
         if len(found) > limit:
             return found[:limit], position_of_call(found[limit - 1])
-        last = await reader.read(LAST_SCANNED_QUERIES[is_own], row[:5])
+        last = await reader.read(LAST_SCANNED_QUERIES[is_own], (*row[:5], scan_rows - 1))
         if not last:
             return found, None
         position = CallPosition(*last[0])
         if time.monotonic() > deadline:
             return found, position
+        scan_rows = min(SCAN_GROWTH * scan_rows, SCAN_ROWS_MAX)
 
 
 def query_row(query: CallQuery, position: CallPosition, limit: int) -> Row:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from falproxy.stores.ledger import CallRecord, Ledger, Outcome
-from falproxy.stores.ledger.call_list import SCAN_ROWS, CallQuery, list_calls
+from falproxy.stores.ledger.call_list import SCAN_ROWS_MAX, CallQuery, list_calls
 from falproxy.stores.ledger.performance import (
     INTERVALS_MAX,
     PART_ROWS,
@@ -142,7 +142,7 @@ async def test_pages_have_each_call_once(ledger: Ledger, limit: int) -> None:
 async def test_rare_calls_are_found_beyond_the_rows_of_one_query(tmp_path: Path) -> None:
     async with sqlite_ledger(tmp_path / "ledger.sqlite") as ledger:
         await ledger.write([record("rare", 0, user_id="ada")])
-        await ledger.write([record(f"c{n}", 1 + n / 100) for n in range(SCAN_ROWS + 50)])
+        await ledger.write([record(f"c{n}", 1 + n / 100) for n in range(SCAN_ROWS_MAX + 50)])
         found: list[str] = []
         query = CallQuery(user="ada")
         while True:

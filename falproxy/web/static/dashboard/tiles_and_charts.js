@@ -127,7 +127,7 @@ export function startFigures() {
 
 function showTiles(totals, previous) {
   const { calls, errors, hits, misses, unpriced } = totals;
-  const note = unpriced ? `and ${formatQuantity(unpriced, "call")} of unknown price` : "";
+  const note = unpriced ? `and ${formatQuantity(unpriced, "call")} of unknown price` : perCall(totals);
   const compare = (name) => change(totals[name], previous === null ? null : previous[name]);
   setTile("calls", formatCount(calls), calls ? `${formatCount(calls - errors)} succeeded` : "", compare("calls"));
   setTile("errors", formatCount(errors), calls ? `${formatPercent(errors / calls)} of all calls` : "", compare("errors"));
@@ -135,6 +135,10 @@ function showTiles(totals, previous) {
   setTile("hits", formatPercent(totals.hit_rate), hitsAndMisses);
   setTile("spent", formatUsd(totals.spent), note, compare("spent"));
   setTile("saved", formatUsd(totals.saved), `by ${formatQuantity(hits, "hit")}`, compare("saved"));
+}
+
+function perCall({ calls, spent }) {
+  return calls && spent ? `${formatUsd(Number((spent / calls).toPrecision(2)))} per call` : "";
 }
 
 /** Return how a value has changed since the period before; empty if that is not known. */
