@@ -64,7 +64,7 @@ format: .venv/dev
 	$(BIN)/ruff format
 
 # The exact versions in the Docker image, with hashes of their files for all platforms.
-IMAGE_EXTRAS := sandbox docs redis supabase postgres jwt audio
+IMAGE_EXTRAS := sandbox docs redis supabase postgres jwt audio otel
 COMPILE := $(BIN)/python -m uv pip compile --quiet --upgrade --universal --python-version 3.11 \
 	--generate-hashes --no-annotate --custom-compile-command "make lock"
 lock: .venv/bin/python

@@ -12,7 +12,6 @@ from falproxy.metrics import METRICS, Metrics
 from falproxy.proxy.upstream import BACKUP_HOSTS, UPSTREAM
 from falproxy.settings import Settings
 from falproxy.stores.ledger.writer import LedgerWriter
-from falproxy.stores.ownership import OWNERSHIP
 
 State = tuple[str, Callable[[], bool]]
 OBSERVE_INTERVAL = 5.0  # seconds between two looks at the states, for the times of their changes
@@ -26,7 +25,7 @@ def watch_health(
     metrics = app[METRICS]
     metrics.dependencies |= {
         "ledger": lambda: not writer.is_down,
-        **dict(store_states(app, calls)),
+        **dict(store_states(calls)),
     }
     metrics.last_errors["ledger"] = lambda: writer.last_error
     for name, (role, is_used) in service_roles(settings).items():
@@ -58,7 +57,7 @@ async def observe_repeatedly(metrics: Metrics) -> None:
         await asyncio.sleep(OBSERVE_INTERVAL)
 
 
-def store_states(app: web.Application, calls: CallResources) -> Iterator[State]:
+def store_states(calls: CallResources) -> Iterator[State]:
     """Yield whether each store worked when it was used last."""
     if (result_cache := calls.result_cache) is not None:
         yield "cache", lambda: not result_cache.breaker.is_open
@@ -68,8 +67,6 @@ def store_states(app: web.Application, calls: CallResources) -> Iterator[State]:
         yield "idempotency", lambda: keyed_calls.is_store_up
     if (rehosting := calls.rehosting) is not None:
         yield "storage", lambda: rehosting.rehoster.is_storage_up
-    if (ownership := app.get(OWNERSHIP)) is not None:
-        yield "owners", lambda: not ownership.unwritten_count
 
 
 def service_roles(settings: Settings) -> dict[str, tuple[str, bool]]:

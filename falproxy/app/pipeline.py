@@ -30,7 +30,7 @@ from falproxy.fal.policy import Globs, Policy, app_globs, is_model_call, may_be_
 from falproxy.fal.target import Operation
 from falproxy.media.fetch import Fetcher
 from falproxy.media.image_rules import ImageLimits
-from falproxy.metrics import Metrics
+from falproxy.metrics import METRICS, Metrics
 from falproxy.middleware.access import (
     ACCESS_KEY_METHOD,
     Authenticator,
@@ -211,6 +211,7 @@ def request_ownership(
 
     breaker = None if result_cache is None else result_cache.breaker
     ownership = create_ownership(app, breaker, settings.data_dir, settings.cache.owner_retention)
+    app[METRICS].dependencies["owners"] = lambda: not ownership.unwritten_count
     apps = app_globs(Globs(settings.auth.allowed_endpoints))
     yield require_owner(ownership, key_pool, OwnerPolicy(is_locked, apps))
     if len(key_pool) > 1:

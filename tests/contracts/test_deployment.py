@@ -53,7 +53,7 @@ HARMLESS = re.compile(
     r")['\"]?"
 )
 READY, LIVE = "/health/ready", "/health/live"
-DRAIN = 1.5 * 30 + 4.5  # seconds that a stop takes at most, with the default of FALPROXY_DRAIN
+DRAIN = 5 + 1.5 * 30 + 4.5  # seconds of a stop, with FALPROXY_STOP_DELAY and FALPROXY_DRAIN
 
 
 def relative(path: Path) -> str:
@@ -234,8 +234,11 @@ def test_the_probes_of_kubernetes_ask_for_health() -> None:
 
 
 def test_kubernetes_gives_a_pod_time_to_stop() -> None:
-    sleep = int(CONTAINER["lifecycle"]["preStop"]["exec"]["command"][1])
-    assert POD["terminationGracePeriodSeconds"] > sleep + DRAIN
+    environment = {each["name"]: each["value"] for each in CONTAINER["env"]}
+    probe = CONTAINER["readinessProbe"]
+    unnoticed = probe["periodSeconds"] * probe["failureThreshold"]
+    assert int(environment["FALPROXY_STOP_DELAY"]) > unnoticed
+    assert POD["terminationGracePeriodSeconds"] > int(environment["FALPROXY_STOP_DELAY"]) + DRAIN
 
 
 def test_the_secret_of_kubernetes_is_made_from_a_file_that_is_not_in_the_repository() -> None:

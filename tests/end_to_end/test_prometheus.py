@@ -24,7 +24,7 @@ SECONDS = 30.0
 MODEL = "https://fal.run/fal-ai/flux/dev"
 UNKNOWN_PRICE = "https://fal.run/fal-ai/no-such-model"
 # Metrics of other programs, and of parts that this proxy does not have.
-OTHERS = ("node_", "falproxy_dependency_up", "falproxy_fal_keys_resting")
+OTHERS = ("node_",)
 # Panels of events that do not occur here.
 WITHOUT_EVENTS = {"Saved per hour", "Connections closed by a limit", "Stored outputs"}
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
 
 from falproxy.limit_settings import CallerLimits, LimitSettings
@@ -35,7 +36,7 @@ class Transport:
 
 def subjects(settings: LimitSettings, address: str = "192.0.2.1", **keys: Any) -> dict[str, int]:
     """Return the maximum of each limit, by kind and subject."""
-    request = make_mocked_request("POST", "/", transport=Transport(address))
+    request = make_mocked_request("POST", "/", app=web.Application(), transport=Transport(address))
     for name, key in (("owner", OWNER), ("user", USER), ("caller_limits", CALLER_LIMITS)):
         if (value := keys.get(name)) is not None:
             request[key] = value
@@ -101,7 +102,9 @@ def test_names_of_users_cannot_be_confused(one: tuple[str, str], other: tuple[st
 
 
 def test_the_wait_is_at_least_a_second() -> None:
-    request = make_mocked_request("POST", "/", transport=Transport("192.0.2.1"))
+    request = make_mocked_request(
+        "POST", "/", app=web.Application(), transport=Transport("192.0.2.1")
+    )
     for own in limits_of(request, ALL):
         error = refusal(own, LimitState(9, 0.0), 1)
         assert int(error.headers["Retry-After"]) == 1

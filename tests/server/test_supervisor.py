@@ -18,6 +18,7 @@ from uuid import uuid4
 import pytest
 from aiohttp import ClientError, ClientSession, ClientTimeout, TCPConnector, web
 
+from falproxy.metrics import METRICS, Metrics
 from falproxy.server.worker_metrics import (
     SNAPSHOT_TIMEOUT,
     fetch_snapshot,
@@ -483,6 +484,7 @@ async def test_a_folder_with_a_name_that_is_too_long_is_an_error(tmp_path: Path)
     folder = tmp_path / ("long" * 30)
     folder.mkdir()
     app = web.Application()
+    app[METRICS] = Metrics()
     share_metrics(app, folder)
     with pytest.raises(ValueError, match="Workers cannot share their numbers below"):
         await web.AppRunner(app).setup()

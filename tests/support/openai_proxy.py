@@ -34,7 +34,7 @@ from falproxy.dialects.transparent import BodyLimits, transparent_dialect
 from falproxy.fal.keys import KeyPool
 from falproxy.fal.policy import Globs
 from falproxy.media.fetch import fetcher_context
-from falproxy.metrics import Metrics
+from falproxy.metrics import METRICS, Metrics
 from falproxy.middleware.access_log import access_log, add_timing_headers
 from falproxy.middleware.cors import check_origin
 from falproxy.proxy.upstream import connect_upstream
@@ -66,6 +66,7 @@ def proxy_app(settings: Settings, **deps: Any) -> web.Application:
     deps: fields of ImagesDeps.
     """
     app = web.Application(handler_args=HANDLER_ARGS, middlewares=[handle_errors(default_error)])
+    app[METRICS] = Metrics()
     key_pool = KeyPool(settings.fal_keys, time.monotonic)
     timeouts = (settings.upstream.connect_timeout, settings.upstream.timeout)
     app.cleanup_ctx.append(
@@ -95,7 +96,7 @@ def proxy_app(settings: Settings, **deps: Any) -> web.Application:
     routes[PROXY] = dialect_route(transparent_dialect(images_deps.body_limits))
     for path, route in routes.items():
         middlewares = [
-            access_log(Metrics()),
+            access_log(app[METRICS]),
             handle_errors(route.refuse),
             method_check_middleware(route.check),
             check_origin(settings.auth.allowed_origins),

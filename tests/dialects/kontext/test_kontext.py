@@ -35,7 +35,7 @@ from falproxy.dialects.queue_client import WaitPolicy
 from falproxy.fal.image_formats import Format
 from falproxy.fal.keys import KeyPool
 from falproxy.media.fetch import Fetcher, FetchTimeouts, fetcher_context
-from falproxy.metrics import Metrics
+from falproxy.metrics import METRICS, Metrics
 from falproxy.middleware.access_log import access_log, add_timing_headers
 from falproxy.middleware.cors import check_origin
 from falproxy.proxy.upstream import connect_upstream
@@ -64,6 +64,7 @@ def kontext_app(
 ) -> web.Application:
     """Create a proxy with the Kontext paths, which repeats failed steps without a pause."""
     app = web.Application(handler_args=HANDLER_ARGS, middlewares=[handle_errors(default_error)])
+    app[METRICS] = Metrics()
     key_pool = KeyPool(settings.fal_keys, time.monotonic)
     timeouts = (settings.upstream.connect_timeout, settings.upstream.timeout)
     app.cleanup_ctx.append(
@@ -90,7 +91,7 @@ def kontext_app(
     for variant in VARIANTS:
         route = blocking_route(kontext_dialect(variant, deps), wait_policy)
         middlewares = [
-            access_log(Metrics()),
+            access_log(app[METRICS]),
             handle_errors(route.refuse),
             method_check_middleware(route.check),
             check_origin(()),
