@@ -16,8 +16,8 @@ from falproxy.stores.ledger.rows import Row, to_ms
 # Lengths of intervals in seconds; a period has the shortest that divides it into INTERVALS_MAX.
 STEPS = (60, 300, 600, 1800, 3600, 10_800, 21_600, 43_200, 86_400, 604_800)
 INTERVALS_MAX = 62
-PARTS = 4  # of an interval
-PART_ROWS = 30
+PARTS = 3  # of an interval
+PART_ROWS = 25
 SPANS = INTERVALS_MAX * PARTS
 KINDS_MAX = 100  # kinds of failures of a report
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
