@@ -137,7 +137,11 @@ async def handle_recorded(
         raise
     record.inputs = request.get(PRICED_INPUTS)
     upstream = request.get(UPSTREAM_SECONDS, 0.0)
-    record.error_type = await find_error_type(response, partial(record.complete_error, response))
+    if response.status >= AMBIGUOUS_STATUS:
+        # The headers are dropped before the body has been relayed.
+        request_id = upstream_headers(response).get(FAL_REQUEST_ID)
+        complete_error = partial(record.complete_error, response.status, request_id)
+        record.error_type = await find_error_type(response, complete_error)
     cost_headers = record.complete(
         response.status,
         upstream_headers(response),
@@ -385,11 +389,10 @@ class OpenRecord:
         )
         self._template.writer.enqueue(outcome)
 
-    def complete_error(self, response: web.StreamResponse, error_type: str) -> None:
+    def complete_error(self, status: int, request_id: str | None, error_type: str) -> None:
         """Write the type of an error that was in the body of fal's response."""
-        request_id = upstream_headers(response).get(FAL_REQUEST_ID)
         if request_id is not None:
-            outcome = Outcome(request_id=request_id, status=response.status, error_type=error_type)
+            outcome = Outcome(request_id=request_id, status=status, error_type=error_type)
             self._template.writer.enqueue(outcome)
 
     def saved_cost(self, cached: CachedResult) -> int | None:

@@ -212,7 +212,8 @@ async def test_an_admin_creates_rotates_and_revokes_a_key(tmp_path: Path) -> Non
         assert keys[step]["clipboard"] == keys[step]["secret"]
     assert keys["created"]["secret"] != keys["rotated"]["secret"]
     *before, last = keys["tables"]
-    limits = ["active", "60/minute", "8", "$5.00/day", "fal-ai/flux*, fal-ai/kling/**", "never"]
+    budget = "$5.00/day\n$0.00 spent"
+    limits = ["active", "60/minute", "8", budget, "fal-ai/flux*, fal-ai/kling/**", "never"]
     assert [rows[1][:7] for rows in before] == [["web", *limits]] * 3
     assert [row[0] for row in last] == ["batch"]
     assert not keys["isSecretLeft"]

@@ -263,17 +263,25 @@ class TestRecordedTimes:
             call = await single_call(proxy)
         assert (call["status"], call["error"]) == (int(fault[:3]), error)
 
-    async def test_a_compressed_error_has_its_type(self, tmp_path: Path, fal: FakeFal) -> None:
+    @pytest.mark.parametrize("is_compressed", [True, False], ids=["compressed", "plain"])
+    @pytest.mark.parametrize("connection", ["keep-alive", "close"])
+    async def test_the_type_is_read_from_each_kind_of_response(
+        self, tmp_path: Path, fal: FakeFal, connection: str, is_compressed: bool
+    ) -> None:
         async def respond(request: web.Request) -> web.Response:
             detail = [{"loc": ["body"], "msg": "m", "type": "image_too_small"}]
             headers = {"x-fal-request-id": "1"}
             response = web.json_response({"detail": detail}, status=422, headers=headers)
-            response.enable_compression(web.ContentCoding.gzip)
+            if is_compressed:
+                response.enable_compression(web.ContentCoding.gzip)
             return response
 
         fal.respond = respond
         async with open_sandbox_proxy(tmp_path, upstream_origin=fal.origin) as proxy:
-            reply = await proxy.call_target(f"https://fal.run/{DEV}", {"prompt": "x"})
+            headers = {"Connection": connection}
+            reply = await proxy.call_target(
+                f"https://fal.run/{DEV}", {"prompt": "x"}, headers=headers
+            )
             assert reply.document["detail"][0]["type"] == "image_too_small"
             assert (await single_call(proxy))["error"] == "image_too_small"
 
