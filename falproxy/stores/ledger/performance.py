@@ -243,13 +243,14 @@ async def sample_parts(reader: QueryReader, intervals: Intervals, caller: str | 
 
 
 def durations(parts: Sequence[Part]) -> Durations:
-    """Return the durations of calls that succeeded or failed, each with the weight of its part.
-    Jobs that have not ended have none."""
+    """Return the durations of calls, each with the weight of its part. Jobs that have not ended have
+    none, and calls that the proxy refused do not count: nothing waited for them."""
     totals: list[tuple[float, float]] = []
     sums, weights = [0.0, 0.0, 0.0], 0.0
     for part in parts:
-        for _, total, run, own, *_, is_submit in part.rows:
-            if total is None:
+        for _, total, run, own, status, is_submit in part.rows:
+            is_refused = status >= 400 and run == 0
+            if total is None or is_refused:
                 continue
             totals.append((max(0.0, total), part.weight))
             at_fal = max(0.0, total - own)

@@ -169,8 +169,9 @@ async def test_durations_are_those_of_callers(ledger: Ledger) -> None:
     assert len(found.series) == len(found.failures) == found.intervals.count
 
 
-async def test_a_job_without_an_end_has_no_duration(ledger: Ledger) -> None:
-    await ledger.write([job("open")])
+async def test_refused_calls_and_jobs_without_an_end_have_no_duration(ledger: Ledger) -> None:
+    refused = {"status": 429, "error": "rate_limited", "upstream_seconds": 0.0, "seconds": 0.001}
+    await ledger.write([job("open"), record("run", **refused), job("submit", **refused)])
     found = await read_performance(ledger, NOON - HOUR, NOON + HOUR, None)
     assert (found.total.calls, found.total.quantiles) == (0, {})
 
