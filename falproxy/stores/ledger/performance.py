@@ -243,8 +243,8 @@ async def sample_parts(reader: QueryReader, intervals: Intervals, caller: str | 
 
 
 def durations(parts: Sequence[Part]) -> Durations:
-    """Return the durations of calls, each with the weight of its part. Jobs that have not ended have
-    none, and calls that the proxy refused do not count: nothing waited for them."""
+    """Return the durations of calls, each with the weight of its part. Jobs that have not ended
+    have none, and calls that the proxy refused do not count: nothing waited for them."""
     totals: list[tuple[float, float]] = []
     sums, weights = [0.0, 0.0, 0.0], 0.0
     for part in parts:
