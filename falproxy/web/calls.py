@@ -109,7 +109,7 @@ class CallHandlers:
         async with self._export_slot:
             pages = self._read_pages(query)
             try:
-                first = await anext(pages, [])
+                first: list[ListedCall] = await anext(pages, [])
             except LedgerError as error:
                 raise ledger_away(error) from error
             headers = {**NO_STORE_HEADERS, hdrs.CONTENT_DISPOSITION: CSV_NAME}

@@ -170,7 +170,8 @@ async def test_durations_are_those_of_callers(ledger: Ledger) -> None:
 
 
 async def test_refused_calls_and_jobs_without_an_end_have_no_duration(ledger: Ledger) -> None:
-    refused = {"status": 429, "error": "rate_limited", "upstream_seconds": 0.0, "seconds": 0.001}
+    refused: dict[str, Any] = {"status": 429, "error": "rate_limited", "seconds": 0.001}
+    refused["upstream_seconds"] = 0.0
     await ledger.write([job("open"), record("run", **refused), job("submit", **refused)])
     found = await read_performance(ledger, NOON - HOUR, NOON + HOUR, None)
     assert (found.total.calls, found.total.quantiles) == (0, {})
