@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Processes that run tests: more than there are cores, since many tests wait for a server or a clock.
 JOBS ?= $(shell expr 3 \* $$(getconf _NPROCESSORS_ONLN))
 
-.PHONY: run test test-fast check bench format lock lowest clean
+.PHONY: run test test-fast check bench faults soak rolling-restarts format lock lowest clean
 
 # The proxy and its page on http://localhost:8080; with the sandbox when there is no FAL_KEY.
 run: .venv/run
@@ -33,12 +33,30 @@ check: .venv/dev
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/contracts/test_layers.py tests/contracts/test_test_layout.py tests/contracts/test_docs.py
 
+# A cluster whose parts fail under load, and one under load for a long time: docs/reliability.md. As root on
+# Linux, disks are full as well.
+CALLS ?= 10000
+MINUTES ?= 30
+RATE ?= 5
+RESTARTS ?= 10
+faults: .venv/dev postgres
+	$(BIN)/python -m tests.support.faults --calls $(CALLS) --write
+soak: .venv/dev postgres
+	$(BIN)/python -m tests.support.faults.soak --minutes $(MINUTES) --rate $(RATE) --write
+rolling-restarts: .venv/dev browser reverse-proxies
+	RESTARTS=$(RESTARTS) $(BIN)/python -m pytest -q tests/end_to_end/test_rolling_restart.py
+
 # What slow readers and large uploads cost in memory, what the result cache, the keeping of outputs and
 # each layer cost in time, and then falproxy beside its peers: the table in bench/RESULTS.md, in some 12 minutes.
 bench: .venv/dev .venv/bench/.installed .venv/bench-falproxy/.installed bench/peers/node_modules/.installed
 	command -v nginx >/dev/null || RUNLEVEL=1 scripts/apt-install nginx || true
 	command -v wrk >/dev/null || scripts/apt-install wrk || true
 	$(BIN)/python bench/memory.py
+	$(BIN)/python bench/growth.py
+	$(BIN)/python bench/growth.py --tls
+	$(BIN)/python bench/uploads.py
+	$(BIN)/python bench/usage.py
+	$(BIN)/python bench/equal_submits.py
 	$(BIN)/python bench/cache.py
 	$(BIN)/python bench/rehost.py
 	$(BIN)/python bench/layers.py

@@ -26,7 +26,7 @@ RECORDS = """
     INSERT INTO falproxy_entries (id, at, route, status, principal, user_id, operation, endpoint,
         request_id, cache, seconds, upstream_seconds, estimated)
     {numbers}
-    SELECT 'id-' || i, {end} - ({count} - i) * {step},
+    SELECT 'id-' || i, {end} - ({count} - CAST(i AS BIGINT)) * {step},
         CASE WHEN i % 3 = 0 THEN 'kontext' ELSE 'proxy' END,
         200, 'principal' || (i % 10), 'user' || (CAST(i AS BIGINT) * 7919 % 1000), 'run',
         'fal-ai/model' || (i * 31 % 20), 'request-' || i,
@@ -49,6 +49,7 @@ async def fill(ledger: SqlLedger, count: int, end: int, days: int) -> None:
             await connection.fetch(
                 statement.format(numbers=numbers, end=end, count=count, step=step)
             )
+    await connection.fetch("ANALYZE")  # as the server does after some time
     await connection.close()
 
 

@@ -51,6 +51,27 @@ async def offload(document: bytes, work: Callable[[], T]) -> T:
     return work() if len(document) < OFFLOAD_MIN else await asyncio.to_thread(work)
 
 
+async def wait_while_responsive(
+    futures: Iterable[asyncio.Future[Any]], seconds: float, parts: int = 10
+) -> float:
+    """Wait until one of the futures is done, for at most `seconds` of an event loop that responds.
+
+    Return the seconds that passed. Of each part of them, no more counts than its length: a loop
+    that is busy needs several turns to read a response that has arrived.
+    """
+    waiting, loop = [*futures], asyncio.get_running_loop()
+    part, total = seconds / parts, 0.0
+    for _ in range(parts):
+        started = loop.time()
+        done, _pending = await asyncio.wait(
+            waiting, timeout=part, return_when=asyncio.FIRST_COMPLETED
+        )
+        total += min(loop.time() - started, part)
+        if done:
+            break
+    return total
+
+
 async def wait_for_event(event: asyncio.Event, seconds: float) -> None:
     """Wait until the event is set, for at most `seconds`."""
     with suppress(TimeoutError):  # callers do not need the outcome

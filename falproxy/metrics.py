@@ -86,6 +86,7 @@ HEALTH = {
     "fal_keys": False,
     "fal_keys_resting": False,
     "worker_restarts": False,
+    "tasks": True,
 }
 HEALTH_COUNTERS = ("ledger_dropped_rows", "worker_restarts")
 FAL_DOWN_ERRORS = ("upstream_unreachable", "upstream_broken")

@@ -23,7 +23,7 @@ def setting(
 
     parse: converts the variable's text to the field's value; raises ValueError with a message that
         continues a sentence after the variable's name.
-    help: meaning of the setting, as in the README's table.
+    help: meaning of the setting, as in the table of docs/configuration.md.
     secret: keep the value out of the repr.
     fallbacks: variables that are read if this one is not set, each with its parser.
     """

@@ -1,7 +1,7 @@
 """Settings of one process, in groups.
 
 Each setting is one field with its type and default. The field's metadata has the environment
-variable, the parser, and the text of the README's table.
+variable, the parser, and the text of the table in docs/configuration.md.
 """
 
 from collections.abc import Mapping

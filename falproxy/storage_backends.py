@@ -1,7 +1,8 @@
 """The backends that can store re-hosted outputs. Their names are the values of `FALPROXY_REHOST`.
 
 A new backend is a module with `create_storage(settings) -> Storage`, a row in `BACKENDS`, an extra
-in setup.cfg if it needs packages, and a section in the README. Modules are imported on first use.
+in setup.cfg if it needs packages, and a section in docs/re-hosting.md. Modules are imported on
+first use.
 """
 
 from collections.abc import Callable, Mapping

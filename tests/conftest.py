@@ -7,32 +7,22 @@ import logging
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
+from itertools import count
 from pathlib import Path
-from typing import Any
+from uuid import uuid4
 
 import pytest
-from aiohttp import (
-    ClientSession,
-    TCPConnector,
-    web,
-    web_app,
-)
-from aiohttp.pytest_plugin import AiohttpClient, AiohttpServer
-from aiohttp.test_utils import BaseTestServer, TestServer
-from yarl import URL
+import pytest_asyncio
+from aiohttp import ClientSession, web_app
 
 pytest.register_assert_rewrite("tests.support")  # failures in helpers show their values
 
-from falproxy import create_app
-from falproxy.app.asgi import AsgiProxy
 from falproxy.media.fetch import Fetcher
-from tests.support.asgi_servers import ASGI_SERVERS, RunningServer, serve_asgi
-from tests.support.empty_ledger import add_empty_ledger
-from tests.support.fake_fal import FakeFal, WireFal
-from tests.support.gateway import FastPathTestServer, Gateway, MakeGateway
-from tests.support.key_search import CANARY, LEAKS, leak_trace
+from tests.support.asgi_servers import ASGI_SERVERS
+from tests.support.fake_fal import FakeFal, WireFal, open_fal, open_wire
+from tests.support.gateway import Gateway, MakeGateway, open_gateway, open_session
+from tests.support.key_search import LEAKS
 from tests.support.paths import ROOT
-from tests.support.settings import make_settings
 
 try:
     import uvloop
@@ -42,10 +32,13 @@ except ImportError:  # no wheel for this platform
 
 # Rough durations in seconds, by which modules are ordered.
 TEST_SECONDS, SLOW_TEST_SECONDS = 0.05, 1.0
-# Loggers with debug messages for each event loop and each application, without requests.
-QUIET_LOGGERS = ("asyncio", "falproxy.app.pipeline")
+# By logger; the root has no name. Two have debug messages for each event loop and each application,
+# without requests.
+LOG_LEVELS = {None: logging.DEBUG, "asyncio": logging.INFO, "falproxy.app.pipeline": logging.INFO}
 # Characters of each failure in the summary at the end of the output.
 SUMMARY_MESSAGE_MAX = 200
+
+PATH_NUMBERS = count()  # of the temporary directories of this process
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 
@@ -75,14 +68,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("server_kind", kinds, indirect=True)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server_kind(request: pytest.FixtureRequest) -> str:
     """Return the server of the proxy: `fast` has the fast path and the proxy's own transport,
     `session` has neither, and others are ASGI servers."""
     return str(getattr(request, "param", "fast"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def is_fast(server_kind: str) -> bool:
     """Return whether the proxy has its fast path and its own transport, or neither."""
     return server_kind == "fast"
@@ -115,9 +108,14 @@ def pytest_runtest_teardown() -> None:
     web_app._cached_build_middleware.cache_clear()
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Search the output of a test. That of a passed test is then dropped, so that a worker of
+    pytest-xdist does not send it."""
     for title, text in report.sections:
         LEAKS.search(text, f"{title} of {report.nodeid}")
+    if report.passed:
+        report.sections.clear()
     crash = getattr(report.longrepr, "reprcrash", None)
     if crash is not None:
         crash.message = crash.message.partition("\n")[0][:SUMMARY_MESSAGE_MAX]
@@ -148,68 +146,25 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture
-async def fal(aiohttp_server: AiohttpServer) -> FakeFal:
-    fake = FakeFal()
-    app = web.Application(
-        client_max_size=2**30,
-        handler_args={
-            "handler_cancellation": True,
-            "auto_decompress": False,
-            "max_field_size": 65536,
-            "max_line_size": 65536,
-        },
-    )
-    app.router.add_route("*", "/{path:.*}", fake.handle)
-    server = await aiohttp_server(app)
-    fake.origin = f"http://127.0.0.1:{server.port}"
-    return fake
+async def fal() -> AsyncIterator[FakeFal]:
+    async with open_fal() as fake:
+        yield fake
 
 
 @pytest.fixture
 async def wire() -> AsyncIterator[WireFal]:
-    fake = WireFal()
-    server = await asyncio.start_server(fake.accept, "127.0.0.1", 0)
-    fake.origin = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    yield fake
-    server.close()
-    await server.wait_closed()
+    async with open_wire() as fake:
+        yield fake
 
 
 @pytest.fixture
-async def make_gateway(
-    aiohttp_client: AiohttpClient, tmp_path: Path, server_kind: str
-) -> AsyncIterator[MakeGateway]:
-    servers = AsyncExitStack()
-    is_fast = server_kind == "fast"
+async def make_gateway(tmp_path: Path, server_kind: str) -> AsyncIterator[MakeGateway]:
+    async with AsyncExitStack() as stack:
 
-    async def make(origin: str, fetcher: Fetcher | None = None, **options: object) -> Gateway:
-        settings = {"fal_key": CANARY, "upstream_origin": origin, "data_dir": tmp_path}
-        transport = "aiohttp" if server_kind == "session" else "pool"
-        settings |= {"fast_path": is_fast, "transport": transport} | options
-        # The policy and the check of host names have tests of their own.
-        settings = {"allowed_targets": ("**",), "allowed_hosts": ("*",)} | settings
-        made = make_settings(**settings)
-        if made.ledger.database_url is None:
-            add_empty_ledger(made.data_dir)
-        server: BaseTestServer
-        if server_kind in ASGI_SERVERS:
-            app = AsgiProxy(made, fetcher=fetcher)
-            origin = await servers.enter_async_context(serve_asgi(app, server_kind))
-            server = RunningServer(URL(origin))
-        else:
-            native = create_app(made, fetcher=fetcher)
-            server = FastPathTestServer(native) if is_fast else TestServer(native)
-        client: Any = await aiohttp_client(
-            server,
-            auto_decompress=False,
-            max_field_size=65536,
-            connector=TCPConnector(limit=0),
-            trace_configs=[leak_trace()],
-        )
-        has_reasons = server_kind not in ASGI_SERVERS
-        return Gateway(client, f"http://127.0.0.1:{client.port}", has_reasons)
+        async def make(origin: str, fetcher: Fetcher | None = None, **options: object) -> Gateway:
+            gateway = open_gateway(origin, tmp_path, server_kind, fetcher, **options)
+            return await stack.enter_async_context(gateway)
 
-    async with servers:
         yield make
 
 
@@ -222,13 +177,61 @@ async def gateway(make_gateway: MakeGateway, fal: FakeFal) -> Gateway:
 @pytest.fixture
 async def session() -> AsyncIterator[ClientSession]:
     """A client that neither decompresses bodies nor limits header fields."""
-    async with ClientSession(auto_decompress=False, max_field_size=65536) as client:
+    async with open_session() as client:
+        yield client
+
+
+# The same for tests that need no proxy of their own: one for all of a module. Such tests have the
+# marker SHARED.
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def module_fal() -> AsyncIterator[FakeFal]:
+    async with open_fal() as fake:
+        yield fake
+
+
+@pytest.fixture
+def shared_fal(module_fal: FakeFal) -> FakeFal:
+    module_fal.reset()
+    return module_fal
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def module_gateway(
+    module_fal: FakeFal, server_kind: str, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Gateway]:
+    data_dir = tmp_path_factory.mktemp("data")
+    async with open_gateway(module_fal.origin, data_dir, server_kind) as opened:
+        yield opened
+
+
+@pytest.fixture
+def shared_gateway(module_gateway: Gateway) -> Gateway:
+    """The proxy with `shared_fal` as its upstream. The client has another name in each test, so
+    that no request head is known from an earlier one."""
+    module_gateway.client.session.headers["User-Agent"] = f"test/{uuid4().hex}"
+    return module_gateway
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared_session() -> AsyncIterator[ClientSession]:
+    async with open_session() as client:
         yield client
 
 
 @pytest.fixture
 def root() -> Path:
     return ROOT
+
+
+@pytest.fixture
+def tmp_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a new directory. Unlike pytest's own one it has no symbolic link, which takes longer
+    to make than the directory."""
+    path = tmp_path_factory.getbasetemp() / f"test-{next(PATH_NUMBERS)}"
+    path.mkdir(mode=0o700)
+    return path
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -239,7 +242,10 @@ def run_outside_the_repository(tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 @pytest.fixture(autouse=True)
-def capture_all_logs(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG)
-    for name in QUIET_LOGGERS:
-        caplog.set_level(logging.INFO, name)
+def capture_all_logs() -> None:
+    """Set the levels of the loggers, if an earlier test has changed them: each change takes as long
+    as all loggers are many."""
+    for name, level in LOG_LEVELS.items():
+        logger = logging.getLogger(name)
+        if logger.level != level:
+            logger.setLevel(level)

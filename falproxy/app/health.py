@@ -38,6 +38,7 @@ def watch_health(
         "ledger_dropped_rows": lambda: writer.dropped,
         "fal_keys": lambda: len(calls.key_pool),
         "fal_keys_resting": lambda: calls.key_pool.resting_count,
+        "tasks": lambda: len(asyncio.all_tasks()),
     }
     if settings.upstream.origin is None:
         metrics.breakers |= {host: partial(is_open, app, host) for host in BACKUP_HOSTS}

@@ -66,6 +66,7 @@ from falproxy.stores.cache.eligibility import CacheEligibility
 from falproxy.stores.cache.result_cache import ResultCache
 from falproxy.stores.idempotency.keyed_calls import KeyedCalls
 from falproxy.stores.keys.known_keys import KnownKeys
+from falproxy.web.not_found import html_not_found
 
 if TYPE_CHECKING:
     from falproxy.middleware.rehost import RehostConfig
@@ -89,7 +90,7 @@ def outermost_layers(
 
 def unrouted_layers(settings: Settings) -> list[Middleware]:
     """Return the middleware of requests that no route serves, innermost first."""
-    return [identify_requests(), *cors_layers(settings)]
+    return [html_not_found, identify_requests(), *cors_layers(settings)]
 
 
 def cors_layers(settings: Settings) -> list[Middleware]:

@@ -484,4 +484,4 @@ def add_health(app: web.Application, prefix: str, drain: Drain) -> None:
     """Add `/health` and the paths below it."""
     app.router.add_get(f"{prefix}/health/live", with_errors(drain.live))
     app.router.add_get(f"{prefix}/health/ready", with_errors(drain.ready))
-    app.router.add_get(f"{prefix}/health", with_errors(drain.ready))
+    app.router.add_get(f"{prefix}/health", with_errors(drain.status))

@@ -14,6 +14,7 @@ from aiohttp import web
 from falproxy.app import create_app
 from falproxy.app.components import create_registry
 from falproxy.app.key_mode import database_has_keys, resolve_key_mode
+from falproxy.app.start_checks import check_services
 from falproxy.cli.cluster_checks import check_cluster, check_shared_outputs
 from falproxy.cli.exit_codes import run_coroutine, run_with_exit_code
 from falproxy.cli.security_checks import Level, check_access
@@ -110,11 +111,12 @@ async def run_worker_proxy(
     """
     app = create_app(settings)
     worker.join(app)
+    check_services(app, settings, is_logged=worker.is_first)
     with ExitStack() as stack:
         if address.is_tcp:
             listeners = stack.enter_context(open_listeners(address, is_shared=True))
         config = replace(
-            serve_config(settings, listeners),
+            serve_config(settings, listeners, address),
             stop_pipe=worker.stop_pipe,
             create_app=app_creator(settings, read_settings, worker),
         )
@@ -133,6 +135,7 @@ def check_authentication(settings: Settings) -> None:
 async def run_proxy(settings: Settings, read_settings: ReadSettings) -> None:
     check_authentication(settings)
     app = create_app(settings)
+    check_services(app, settings)
     create = app_creator(settings, read_settings)
     await serve_app(app, settings, partial(log_startup, settings), create)
 
@@ -195,14 +198,17 @@ async def serve_app(
     manager = service_manager()
     address = listen_address(settings, manager)
     with open_listeners(address) as listeners:
-        config = replace(serve_config(settings, listeners), create_app=create, manager=manager)
+        config = replace(
+            serve_config(settings, listeners, address), create_app=create, manager=manager
+        )
         await serve(app, config, lambda: on_started(describe(address, listeners)))
 
 
-def serve_config(settings: Settings, listeners: Listeners) -> ServeConfig:
+def serve_config(settings: Settings, listeners: Listeners, address: ListenAddress) -> ServeConfig:
     server = settings.server
     return ServeConfig(
         listeners=listeners,
+        are_passed=address.passed_sockets > 0,
         drain=server.drain,
         delay=server.delay,
         exit_timeout=server.delay + server.drain * 1.5 + STOP_TIMEOUT,

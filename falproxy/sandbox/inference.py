@@ -15,7 +15,7 @@ from falproxy.sandbox.faults import get_prompt, parse_delay_directive, raise_req
 from falproxy.sandbox.input_images import read_input_images
 from falproxy.sandbox.input_validation import InputValues, validate_inputs
 from falproxy.sandbox.media_encoding import CONTENT_TYPES as MEDIA_CONTENT_TYPES
-from falproxy.sandbox.media_output import get_text, output_seconds, render_media
+from falproxy.sandbox.media_output import get_text, media_of_equal_calls, output_seconds
 from falproxy.sandbox.model_inputs import CHARACTERS
 from falproxy.sandbox.models import MODELS, Model, app_id
 from falproxy.sandbox.rendering import (
@@ -174,7 +174,7 @@ def build_media_output(
     sandbox: Sandbox, model: Model, values: InputValues, input_images: list[Image.Image]
 ) -> dict[str, object]:
     """Return the video or the sound of the output."""
-    content, extension = render_media(model, values, input_images)
+    content, extension = media_of_equal_calls(model, values, input_images)
     name = f"{secrets.token_hex(8)}.{extension}"
     return {
         model.output: build_file(sandbox, values, name, content, MEDIA_CONTENT_TYPES[extension])

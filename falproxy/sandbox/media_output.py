@@ -1,7 +1,9 @@
 """Makes the file of a video or audio model: a real one, short, from the inputs of the call."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from threading import Lock
 
+from cachetools import LRUCache, cached
 from PIL import Image
 
 from falproxy.sandbox.media_encoding import (
@@ -19,6 +21,7 @@ from falproxy.sandbox.sound import SAMPLE_RATE, render_sound
 
 # Seconds of the longest video and sound. Longer ones are billed in full, and cut.
 VIDEO_SECONDS_MAX, SOUND_SECONDS_MAX = 20.0, 240.0
+MEDIA_CACHE_BYTES = 16 * 2**20
 SECONDS_INPUTS = ("duration", "seconds_total")
 CHARACTERS_PER_SECOND = 15  # of speech
 SPEECH_SECONDS_MIN = 0.5
@@ -41,17 +44,25 @@ def render_media(
         rate = int(str(settings.get("sample_rate", SAMPLE_RATE)))
         sound = Sound(render_sound(digest, min(seconds, SOUND_SECONDS_MAX), rate), rate)
         return encode_sound(sound, str(settings.get("format", model.audio_format)))
-    seconds = min(seconds, VIDEO_SECONDS_MAX)
-    track = Sound(render_sound(digest, seconds), SAMPLE_RATE)
+    track = None
+    if values.get("generate_audio"):
+        track = Sound(render_sound(digest, min(seconds, VIDEO_SECONDS_MAX)), SAMPLE_RATE)
     try:
         return encode_video(
-            render_video(model, values, images),
-            video_size(values, images),
-            FRAME_RATE,
-            track if values.get("generate_audio") else None,
+            render_video(model, values, images), video_size(values, images), FRAME_RATE, track
         )
     except PyAVMissingError as error:
         raise missing_pyav() from error
+
+
+def media_key(model: Model, values: Mapping[str, object], images: Sequence[Image.Image]) -> bytes:
+    return image_digest(model.endpoint, values, images, 0)
+
+
+# As `render_media`, without the work of an equal call before.
+media_of_equal_calls = cached(
+    LRUCache(MEDIA_CACHE_BYTES, lambda file: len(file.content)), media_key, Lock()
+)(render_media)
 
 
 def render_video(

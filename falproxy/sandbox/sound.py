@@ -3,12 +3,13 @@
 import math
 import sys
 from array import array
-from collections.abc import Iterator
+from functools import lru_cache
 
 SAMPLE_RATE = 16_000
 NOTE_SECONDS = 0.25
 FREQUENCY_MIN, FREQUENCY_STEP = 160.0, 4.0  # Hz of the note of byte 0, and between two bytes
 AMPLITUDE, DIGEST_AMPLITUDE = 9000, 2000
+NOTES_MAX = 256  # that are kept, of at most 24 kB
 
 
 def render_sound(digest: bytes, seconds: float, rate: int = SAMPLE_RATE) -> bytes:
@@ -32,9 +33,10 @@ def render_sound(digest: bytes, seconds: float, rate: int = SAMPLE_RATE) -> byte
     return samples.tobytes()
 
 
-def render_note(byte: int, rate: int) -> Iterator[int]:
-    """Yield the samples of a note that fades out."""
+@lru_cache(NOTES_MAX)
+def render_note(byte: int, rate: int) -> "array[int]":
+    """Return the samples of a note that fades out."""
     step = 2 * math.pi * (FREQUENCY_MIN + FREQUENCY_STEP * byte) / rate
     count = round(NOTE_SECONDS * rate)
-    for position in range(count):
-        yield round(AMPLITUDE * (1 - position / count) * math.sin(step * position))
+    sin, fall = math.sin, AMPLITUDE / count
+    return array("h", [round((AMPLITUDE - fall * at) * sin(step * at)) for at in range(count)])

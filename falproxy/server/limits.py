@@ -344,7 +344,10 @@ class LimitedProtocol(RequestHandler):
         if self._is_refused or (self._is_restricted and not self._is_admitted(data)):
             return
         was_in_body, count = not self._payload.is_eof(), len(self._messages)
-        super().data_received(data)
+        if was_in_body:
+            self._receive_body(data)
+        else:
+            super().data_received(data)
         if len(self._messages) > count:
             is_much = self._head_size + len(data) > self._limits.max_head
             self._check_heads(count, may_be_large=is_much)
@@ -352,6 +355,14 @@ class LimitedProtocol(RequestHandler):
             self._payload = self._messages[-1][1]
         elif not was_in_body and not self._upgraded and data:
             self._add_to_head(len(data))
+
+    def _receive_body(self, data: bytes) -> None:
+        """Process bytes of a body. At a stop, aiohttp drops all bytes of open connections, also
+        those of requests that it still waits for."""
+        is_closing = self._close, self._force_close
+        self._close = self._force_close = False
+        super().data_received(data)
+        self._close, self._force_close = is_closing
 
     def _is_admitted(self, data: bytes) -> bool:
         """Return whether a connection above the limit may go on. If not, refuse it."""

@@ -38,6 +38,7 @@ GC_THRESHOLD = 10_000  # net new objects before a collection
 class ServeConfig:
     """The sockets of the server, and how it stops.
 
+    are_passed: another process has the sockets too.
     drain: seconds for running calls to finish.
     delay: seconds before that, at most, in which calls are still accepted.
     stop_pipe: for a worker process: reaches its end when the worker has to stop.
@@ -48,6 +49,7 @@ class ServeConfig:
     """
 
     listeners: Sequence[socket.socket]
+    are_passed: bool = False
     drain: float
     delay: float = 0.0
     stop_pipe: int | None = None
@@ -88,7 +90,7 @@ async def serve(app: web.Application, config: ServeConfig, on_started: Callable[
         stop.ignore_further()
         if not is_urgent:
             await drain_connections(runner, config.delay)
-            await stop_listening(runner, config.listeners)
+            await stop_listening(runner, config.listeners, are_passed=config.are_passed)
     finally:
         await runner.cleanup()
 

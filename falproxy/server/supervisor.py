@@ -38,12 +38,14 @@ class WorkerContext:
     folder: holds the sockets of the workers; None if no folder is writable.
     ready_pipe: to the supervisor.
     restarts: of workers that had ended unexpectedly, until this one was started.
+    is_first: it has the first slot, and no predecessor.
     """
 
     stop_pipe: int
     folder: Path | None
     ready_pipe: int
     restarts: int = 0
+    is_first: bool = True
 
     def join(self, app: web.Application) -> None:
         """Connect an application to the other workers."""
@@ -53,7 +55,8 @@ class WorkerContext:
 
     def signal_ready(self) -> None:
         """Report to the supervisor that calls are accepted."""
-        os.write(self.ready_pipe, b"1")
+        with suppress(BrokenPipeError):  # it has died, so that the worker is about to stop
+            os.write(self.ready_pipe, b"1")
         os.close(self.ready_pipe)
 
 
@@ -270,7 +273,11 @@ class Supervisor:
             pid = os.fork()
             if pid == 0:
                 worker = WorkerContext(
-                    child_stop_pipe, self._folder, child_ready_pipe, self._restarts
+                    child_stop_pipe,
+                    self._folder,
+                    child_ready_pipe,
+                    self._restarts,
+                    is_first=not self._was_ready and slot.number == 1,
                 )
                 pipes = [stop_pipe, ready_pipe, self._signal_pipe, *self._pipes()]
                 run_child(self._config.work, worker, pipes)

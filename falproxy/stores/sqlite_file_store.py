@@ -71,6 +71,7 @@ class SqliteFileStore:
         self._clock = clock
         self._groups: OperationGroups[FileOperation] = OperationGroups(self._start_group)
         self._executor = ThreadPoolExecutor(1, file.stem)
+        self._has_thread = False  # the first operation starts it
         self._connection: sqlite3.Connection | None = None
         self._busy_count = 0  # groups that found the file locked
         self._swept_at = float("-inf")
@@ -83,7 +84,8 @@ class SqliteFileStore:
 
     async def __aexit__(self, *error: object) -> None:
         await self._groups.wait_started()
-        await asyncio.get_running_loop().run_in_executor(self._executor, self._close)
+        if self._has_thread:
+            await asyncio.get_running_loop().run_in_executor(self._executor, self._close)
         self._executor.shutdown(wait=False)
 
     def _write(
@@ -110,6 +112,7 @@ class SqliteFileStore:
     def _start_group(
         self, operations: Sequence[FileOperation]
     ) -> "asyncio.Future[Sequence[object]]":
+        self._has_thread = True
         loop = asyncio.get_running_loop()
         return loop.run_in_executor(self._executor, self._run_group, operations)
 

@@ -2,6 +2,7 @@
 
 from aiohttp import web
 
+from falproxy.metrics import METRICS
 from falproxy.proxy.forward import DirectWrite
 
 
@@ -36,9 +37,19 @@ class Drain:
         """Respond 200 while the event loop runs."""
         return web.json_response({"status": "ok"})
 
-    async def ready(self, request: web.Request) -> web.Response:
+    async def status(self, request: web.Request) -> web.Response:
         """Respond 200 while the process accepts calls, 503 while it drains."""
+        return self._respond({})
+
+    async def ready(self, request: web.Request) -> web.Response:
+        """The same, with the states of services and stores. These do not change the status: a load
+        balancer would take out all processes."""
+        states = request.app[METRICS].dependencies
+        dependencies = {name: "up" if is_up() else "down" for name, is_up in states.items()}
+        return self._respond({"dependencies": dependencies})
+
+    def _respond(self, details: dict[str, object]) -> web.Response:
         self.is_watched = True
-        if self._is_draining:
-            return web.json_response({"status": "draining"}, status=503)
-        return web.json_response({"status": "ok"})
+        status = "draining" if self._is_draining else "ok"
+        document = {"status": status} | details
+        return web.json_response(document, status=503 if self._is_draining else 200)

@@ -48,6 +48,7 @@ HEALTH_METRICS = {
     "fal_keys": "Keys of fal.",
     "fal_keys_resting": "Keys that are not used for a while, because fal refused them.",
     "worker_restarts": "Workers that ended unexpectedly and were started again.",
+    "tasks": "Tasks of the event loops.",
 }
 PROCESS_METRICS = {
     "process_virtual_memory_bytes": "Virtual memory.",

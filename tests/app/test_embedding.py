@@ -1,7 +1,5 @@
 """The proxy inside another aiohttp application."""
 
-from pathlib import Path
-
 import pytest
 from aiohttp import ClientResponse, web
 from aiohttp.pytest_plugin import AiohttpClient
@@ -9,6 +7,7 @@ from aiohttp.test_utils import TestClient
 from yarl import URL
 
 import falproxy
+from tests.support.doc_snippets import find
 from tests.support.fake_fal import FakeFal
 from tests.support.key_search import CANARY
 from tests.support.settings import make_settings
@@ -116,15 +115,14 @@ async def test_a_compressed_body_is_refused_if_the_server_would_decompress_it(
     assert fal.seen == []
 
 
-async def test_the_readme_s_example_runs(
-    aiohttp_client: AiohttpClient, fal: FakeFal, root: Path, monkeypatch: pytest.MonkeyPatch
+async def test_the_guide_s_example_runs(
+    aiohttp_client: AiohttpClient, fal: FakeFal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    readme = (root / "README.md").read_text()
-    (example,) = (text for text in readme.split("```python\n") if "falproxy.setup(" in text)
+    example = find("docs/embedding.md", "falproxy.setup(").text
     monkeypatch.setenv("FAL_KEY", CANARY)
     monkeypatch.setenv("FALPROXY_UPSTREAM_ORIGIN", fal.origin)
     names: dict[str, object] = {"__name__": "example"}
-    exec(compile(example.partition("```")[0], "README.md", "exec"), names)
+    exec(compile(example, "embedding.md", "exec"), names)
     app = names["app"]
     assert isinstance(app, web.Application)
     client = await aiohttp_client(app)

@@ -9,7 +9,7 @@ from aiohttp.pytest_plugin import AiohttpClient
 import falproxy
 from falproxy.middleware.cors import check_host
 from tests.support.fake_fal import FakeFal
-from tests.support.gateway import Gateway, MakeGateway
+from tests.support.gateway import SHARED, Gateway, MakeGateway
 from tests.support.key_search import CANARY
 from tests.support.settings import make_settings
 
@@ -35,17 +35,18 @@ def shape_of(document: dict[str, object]) -> str:
     return "openai" if error.keys() == {"message", "type", "param", "code"} else "default"
 
 
+@SHARED
 @pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
 @pytest.mark.parametrize(("path", "shape"), SHAPES)
 async def test_an_unknown_path_is_a_404_in_the_shape_of_its_api(
-    gateway: Gateway, fal: FakeFal, path: str, shape: str, method: str
+    shared_gateway: Gateway, shared_fal: FakeFal, path: str, shape: str, method: str
 ) -> None:
-    response = await gateway.client.request(method, path, headers={"X-Request-ID": "mine"})
+    response = await shared_gateway.client.request(method, path, headers={"X-Request-ID": "mine"})
     document = await response.json()
     assert (response.status, shape_of(document)) == (404, shape)
     assert document.get("request_id", "mine") == "mine"
     assert response.headers["X-Request-ID"] == "mine"
-    assert fal.seen == []
+    assert shared_fal.seen == []
 
 
 @pytest.mark.parametrize(

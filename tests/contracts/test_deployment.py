@@ -87,16 +87,6 @@ def test_no_file_contains_a_path_of_a_machine_or_an_index(path: Path) -> None:
     assert "--find-links" not in text
 
 
-def test_the_links_of_the_guide_exist() -> None:
-    guide = ROOT / "docs/deployment.md"
-    text = guide.read_text()
-    for target in re.findall(r"\]\(([^)#]+)", text):
-        assert (guide.parent / target).exists(), target
-    used = {*re.findall(r"\bFALPROXY_[A-Z_]+", text)}
-    assert used <= {*variables(), *KEY_VARIABLES}
-    assert "(docs/deployment.md)" in (ROOT / "README.md").read_text()
-
-
 def test_the_guide_sets_all_variables_that_compose_requires() -> None:
     required = re.findall(r"\$\{(\w+):\?", (ROOT / "deploy/compose.yml").read_text())
     (block,) = re.findall(

@@ -14,7 +14,7 @@ from falproxy.dialects.transparent import BODY_IDLE_TIMEOUT
 from falproxy.proxy.upstream import UPSTREAM
 from tests.support.fake_fal import FakeFal
 from tests.support.fal_urls import FAL_URLS, NOT_FAL
-from tests.support.gateway import Gateway, MakeGateway
+from tests.support.gateway import SHARED, Gateway, MakeGateway
 from tests.support.key_search import CANARY
 from tests.support.urls import PROXY, REQUEST, RUN, SUBMIT
 
@@ -32,16 +32,20 @@ async def refusal_of(response: object) -> tuple[int, str]:
     return response.status, body["type"]  # type: ignore[attr-defined]
 
 
+@SHARED
 @pytest.mark.parametrize("method", ["HEAD", "OPTIONS", "DELETE", "PATCH", "TRACE"])
-async def test_another_method_is_a_405(gateway: Gateway, fal: FakeFal, method: str) -> None:
-    response = await gateway.call(RUN, method)
+async def test_another_method_is_a_405(
+    shared_gateway: Gateway, shared_fal: FakeFal, method: str
+) -> None:
+    response = await shared_gateway.call(RUN, method)
     assert response.status == 405
     assert response.headers["Allow"] == "GET, POST"
     if method != "HEAD":
         assert await refusal_of(response) == (405, "method_not_allowed")
-    assert fal.seen == []
+    assert shared_fal.seen == []
 
 
+@SHARED
 @pytest.mark.parametrize(
     "target",
     [
@@ -57,11 +61,11 @@ async def test_another_method_is_a_405(gateway: Gateway, fal: FakeFal, method: s
     ],
 )
 async def test_put_is_for_cancelling_only(
-    gateway: Gateway, fal: FakeFal, target: str | None
+    shared_gateway: Gateway, shared_fal: FakeFal, target: str | None
 ) -> None:
-    response = await gateway.call(target, "PUT")
+    response = await shared_gateway.call(target, "PUT")
     assert await refusal_of(response) == (405, "method_not_allowed")
-    assert fal.seen == []
+    assert shared_fal.seen == []
 
 
 async def test_a_cancel_by_put_reaches_fal(gateway: Gateway, fal: FakeFal) -> None:
@@ -77,21 +81,25 @@ async def test_the_method_is_checked_before_the_target(gateway: Gateway, fal: Fa
     assert fal.seen == []
 
 
+@SHARED
 @pytest.mark.parametrize("headers", [[], [("x-fal-target-url", "")], [("x-fal-target-url", " ")]])
 async def test_a_missing_or_empty_target_is_a_400(
-    gateway: Gateway, fal: FakeFal, headers: list[tuple[str, str]]
+    shared_gateway: Gateway, shared_fal: FakeFal, headers: list[tuple[str, str]]
 ) -> None:
-    response = await gateway.call(None, headers=headers)
+    response = await shared_gateway.call(None, headers=headers)
     assert await refusal_of(response) == (400, "target_missing")
-    assert fal.seen == []
+    assert shared_fal.seen == []
 
 
+@SHARED
 @pytest.mark.parametrize("second", [RUN, SUBMIT, ""])
-async def test_a_target_sent_twice_is_a_400(gateway: Gateway, fal: FakeFal, second: str) -> None:
+async def test_a_target_sent_twice_is_a_400(
+    shared_gateway: Gateway, shared_fal: FakeFal, second: str
+) -> None:
     headers = [("x-fal-target-url", second)]
-    response = await gateway.call(RUN, headers=headers)
+    response = await shared_gateway.call(RUN, headers=headers)
     assert await refusal_of(response) == (400, "target_ambiguous")
-    assert fal.seen == []
+    assert shared_fal.seen == []
 
 
 @pytest.mark.parametrize(
@@ -116,24 +124,25 @@ async def test_public_documents_are_requested_without_the_key(
         assert ("authorization" in headers) is has_key
 
 
+@SHARED
 @pytest.mark.parametrize("url", NOT_FAL)
 async def test_a_target_that_is_not_fal_is_a_412(
-    gateway: Gateway, fal: FakeFal, session: ClientSession, url: str
+    shared_gateway: Gateway, shared_fal: FakeFal, shared_session: ClientSession, url: str
 ) -> None:
-    response = await raw_post(gateway, url.encode("utf-8", "surrogateescape"))
+    response = await raw_post(shared_gateway, url.encode("utf-8", "surrogateescape"))
     status = int(response.split()[1])
     if "\r\n" in url:
         assert status == 200, "the second line is another header field"
-        assert fal.seen.pop().header("x-evil") is None
+        assert shared_fal.seen.pop().header("x-evil") is None
     elif any(character in url for character in "\x00\x01\x7f\r\n"):
         assert status == 400, "the server refuses these characters in headers"
     elif url != url.strip():
         assert status == 200, "white space around the value is not part of it"
-        fal.seen.clear()
+        shared_fal.seen.clear()
     else:
         assert status == 412
         assert json.loads(response.partition(b"\r\n\r\n")[2])["type"] == "target_not_fal"
-    assert fal.seen == []
+    assert shared_fal.seen == []
 
 
 async def raw_post(gateway: Gateway, target: bytes) -> bytes:
@@ -145,28 +154,32 @@ async def raw_post(gateway: Gateway, target: bytes) -> bytes:
     )
 
 
+@SHARED
 @pytest.mark.parametrize(("url", "host", "path", "query"), FAL_URLS)
 async def test_a_target_reaches_fal_byte_for_byte(
-    gateway: Gateway, fal: FakeFal, url: str, host: str, path: str, query: str
+    shared_gateway: Gateway, shared_fal: FakeFal, url: str, host: str, path: str, query: str
 ) -> None:
-    assert (await gateway.call(url, "GET")).status == 200
-    assert [seen.target for seen in fal.seen] == [path + query]
-    assert fal.seen[0].header("host") == host
+    assert (await shared_gateway.call(url, "GET")).status == 200
+    assert [seen.target for seen in shared_fal.seen] == [path + query]
+    assert shared_fal.seen[0].header("host") == host
 
 
+@SHARED
 @pytest.mark.parametrize(
     "content_type",
     ["text/plain", "multipart/form-data; boundary=x", "application/jsonp", "application/json5", ""],
 )
 @pytest.mark.parametrize("target", [RUN, SUBMIT, "https://rest.fal.ai/tokens/"])
 async def test_a_body_that_is_not_json_is_a_415(
-    gateway: Gateway, fal: FakeFal, content_type: str, target: str
+    shared_gateway: Gateway, shared_fal: FakeFal, content_type: str, target: str
 ) -> None:
     headers = [("Content-Type", content_type)] if content_type else []
     skip = [] if content_type else ["Content-Type"]
-    response = await gateway.call(target, headers=headers, data=b"{}", skip_auto_headers=skip)
+    response = await shared_gateway.call(
+        target, headers=headers, data=b"{}", skip_auto_headers=skip
+    )
     assert await refusal_of(response) == (415, "unsupported_media_type")
-    assert fal.seen == []
+    assert shared_fal.seen == []
 
 
 async def test_the_target_is_checked_before_the_body(gateway: Gateway, fal: FakeFal) -> None:
@@ -175,22 +188,24 @@ async def test_the_target_is_checked_before_the_body(gateway: Gateway, fal: Fake
     assert fal.seen == []
 
 
+@SHARED
 @pytest.mark.parametrize(
     "content_type",
     ["application/json", "application/json; charset=utf-8", "Application/JSON;charset=UTF-8"],
 )
 async def test_a_json_content_type_may_have_parameters(
-    gateway: Gateway, fal: FakeFal, content_type: str
+    shared_gateway: Gateway, shared_fal: FakeFal, content_type: str
 ) -> None:
-    response = await gateway.call(RUN, headers=[("Content-Type", content_type)], data=b"{}")
+    response = await shared_gateway.call(RUN, headers=[("Content-Type", content_type)], data=b"{}")
     assert response.status == 200
-    assert fal.seen[0].header("content-type") == content_type
+    assert shared_fal.seen[0].header("content-type") == content_type
 
 
+@SHARED
 @pytest.mark.parametrize("content_type", ["application/json", "text/plain", ""])
 @pytest.mark.parametrize("method", ["GET", "POST"])
 async def test_an_empty_chunked_body_is_no_body(
-    gateway: Gateway, fal: FakeFal, method: str, content_type: str
+    shared_gateway: Gateway, shared_fal: FakeFal, method: str, content_type: str
 ) -> None:
     lines = [
         f"{method} {PROXY} HTTP/1.1",
@@ -201,31 +216,32 @@ async def test_an_empty_chunked_body_is_no_body(
         *([f"Content-Type: {content_type}"] if content_type else []),
     ]
     request = "\r\n".join([*lines, "", "0", "", ""]).encode()
-    assert (await gateway.send_raw(request)).startswith(b"HTTP/1.1 200 ")
-    (seen,) = fal.seen
+    assert (await shared_gateway.send_raw(request)).startswith(b"HTTP/1.1 200 ")
+    (seen,) = shared_fal.seen
     assert seen.body == b""
     assert seen.all("transfer-encoding") == []
-    fal.seen.clear()
+    shared_fal.seen.clear()
     filled = request.replace(b"\r\n0\r\n", b"\r\n2\r\n{}\r\n0\r\n")
     expected = b"200" if content_type == "application/json" else b"415"
     expected = b"400" if method == "GET" else expected
-    assert (await gateway.send_raw(filled)).split()[1] == expected
-    assert [each.body for each in fal.seen] == ([b"{}"] if expected == b"200" else [])
+    assert (await shared_gateway.send_raw(filled)).split()[1] == expected
+    assert [each.body for each in shared_fal.seen] == ([b"{}"] if expected == b"200" else [])
 
 
+@SHARED
 @pytest.mark.parametrize("path", [PROXY, "/api/fal/run/a/b", "/kontext", "/api/images/generate"])
 @pytest.mark.parametrize("line", ["", "Content-Length: 2\r\n", "Connection: keep-alive\r\n"])
 async def test_a_transfer_coding_in_http_1_0_is_refused(
-    gateway: Gateway, fal: FakeFal, path: str, line: str
+    shared_gateway: Gateway, shared_fal: FakeFal, path: str, line: str
 ) -> None:
-    response = await gateway.send_raw(
+    response = await shared_gateway.send_raw(
         f"POST {path} HTTP/1.0\r\nHost: x\r\nx-fal-target-url: {RUN}\r\n{line}"
         "Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
         "2\r\n{}\r\n0\r\n\r\n".encode()
     )
     assert response.split()[1] == b"400"
     assert response.count(b"HTTP/1.") == 1
-    assert fal.seen == []
+    assert shared_fal.seen == []
 
 
 async def test_a_path_in_an_unusual_spelling_passes_if_it_is_listed(
@@ -283,6 +299,7 @@ async def test_a_get_with_a_content_type_and_no_body_is_fine(
     assert fal.seen[0].header("content-length") is None
 
 
+@SHARED
 @pytest.mark.parametrize(
     "body",
     [
@@ -296,24 +313,27 @@ async def test_a_get_with_a_content_type_and_no_body_is_fine(
     ],
 )
 async def test_the_content_of_a_body_is_not_checked(
-    gateway: Gateway, fal: FakeFal, body: bytes
+    shared_gateway: Gateway, shared_fal: FakeFal, body: bytes
 ) -> None:
-    response = await gateway.call(RUN, headers=[("Content-Type", "application/json")], data=body)
+    response = await shared_gateway.call(
+        RUN, headers=[("Content-Type", "application/json")], data=body
+    )
     assert response.status == 200
-    assert fal.seen[0].body == body
+    assert shared_fal.seen[0].body == body
 
 
+@SHARED
 @pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "zstd", "x-unknown"])
 async def test_an_encoded_body_is_forwarded_unchanged(
-    gateway: Gateway, fal: FakeFal, coding: str
+    shared_gateway: Gateway, shared_fal: FakeFal, coding: str
 ) -> None:
     body = gzip.compress(b"0" * 1_000_000)  # not decoded, so the coding does not have to match
     headers = [("Content-Type", "application/json"), ("Content-Encoding", coding)]
-    response = await gateway.call(RUN, headers=headers, data=body)
+    response = await shared_gateway.call(RUN, headers=headers, data=body)
     assert response.status == 200
-    assert fal.seen[0].body == body
-    assert fal.seen[0].header("content-encoding") == coding
-    assert fal.seen[0].header("content-length") == str(len(body))
+    assert shared_fal.seen[0].body == body
+    assert shared_fal.seen[0].header("content-encoding") == coding
+    assert shared_fal.seen[0].header("content-length") == str(len(body))
 
 
 @pytest.mark.parametrize(("size", "status"), [(999, 200), (1000, 200), (1001, 413)])
@@ -340,12 +360,15 @@ async def test_the_limit_of_a_body(
         assert len(fal.seen[0].body) == size
 
 
+@SHARED
 @pytest.mark.parametrize("size", [8_000, 16_000])
-async def test_a_long_header_field_is_forwarded(gateway: Gateway, fal: FakeFal, size: int) -> None:
+async def test_a_long_header_field_is_forwarded(
+    shared_gateway: Gateway, shared_fal: FakeFal, size: int
+) -> None:
     hint = "h" * size
-    response = await gateway.call(RUN, "GET", headers=[("x-fal-runner-hint", hint)])
+    response = await shared_gateway.call(RUN, "GET", headers=[("x-fal-runner-hint", hint)])
     assert response.status == 200
-    assert fal.seen[0].header("x-fal-runner-hint") == hint
+    assert shared_fal.seen[0].header("x-fal-runner-hint") == hint
 
 
 async def test_a_header_field_of_64_kb_is_refused(gateway: Gateway, fal: FakeFal) -> None:
@@ -371,6 +394,7 @@ async def test_requests_with_large_headers_are_not_kept_in_memory(
     assert cached().currsize == 1
 
 
+@SHARED
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -384,10 +408,10 @@ async def test_requests_with_large_headers_are_not_kept_in_memory(
     ],
 )
 async def test_credentials_of_the_client_are_not_forwarded(
-    gateway: Gateway, fal: FakeFal, name: str, value: str
+    shared_gateway: Gateway, shared_fal: FakeFal, name: str, value: str
 ) -> None:
-    assert (await gateway.call(RUN, json={}, headers=[(name, value)])).status == 200
-    (seen,) = fal.seen
+    assert (await shared_gateway.call(RUN, json={}, headers=[(name, value)])).status == 200
+    (seen,) = shared_fal.seen
     assert seen.header("authorization") == f"Key {CANARY}"
     assert value not in [text for _, text in seen.headers]
 
@@ -419,17 +443,21 @@ async def test_missing_headers_of_a_client_are_not_added(gateway: Gateway, fal: 
     }
 
 
+@SHARED
 @pytest.mark.parametrize("request_id", ["abc-123", "a" * 128, "00-4bf92f-01"])
-async def test_the_request_id_of_a_client_is_returned(gateway: Gateway, request_id: str) -> None:
-    response = await gateway.call(None, headers=[("X-Request-ID", request_id)])
+async def test_the_request_id_of_a_client_is_returned(
+    shared_gateway: Gateway, request_id: str
+) -> None:
+    response = await shared_gateway.call(None, headers=[("X-Request-ID", request_id)])
     assert response.headers["X-Request-ID"] == request_id
 
 
+@SHARED
 @pytest.mark.parametrize("request_id", ["", "a" * 129, "a b", 'a"b', "\x1b[31m"[1:], "{}"])
 async def test_a_request_id_with_unsafe_characters_is_replaced(
-    gateway: Gateway, request_id: str
+    shared_gateway: Gateway, request_id: str
 ) -> None:
-    response = await gateway.call(None, headers=[("X-Request-ID", request_id)])
+    response = await shared_gateway.call(None, headers=[("X-Request-ID", request_id)])
     assert HEX_ID.fullmatch(response.headers["X-Request-ID"])
 
 

@@ -2,7 +2,7 @@
 
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ import pytest
 from tests.support.chromium import Chromium
 from tests.support.fal_client_world import CLIENT_KEY, ScenarioProcess, photo
 from tests.support.js_world import JS, PLAY_TIMEOUT, Play, World, need, node_player
+from tests.support.page_browser import Driver, RestartableProxy, Visitor, launch, open_proxy
 from tests.support.paths import CHROMIUM
 
 FOLDER = Path(__file__).parent
@@ -97,3 +98,35 @@ def image_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("images") / "photo.png"
     path.write_bytes(photo())
     return path
+
+
+@pytest.fixture(scope="module")
+def driver() -> Iterator[Driver]:
+    """One browser for the page in all tests of this module. TEST_ARTEFACTS: directory for
+    screenshots."""
+    named = os.environ.get("TEST_ARTEFACTS")
+    artefacts = Path(named).resolve() if named else None
+    if artefacts is not None:
+        artefacts.mkdir(parents=True, exist_ok=True)
+    driver = launch(artefacts)
+    with driver.process as process:
+        assert process.stdin is not None
+        try:
+            yield driver
+            process.stdin.close()
+            process.wait(timeout=30)
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+async def proxy(tmp_path: Path) -> AsyncIterator[RestartableProxy]:
+    async with open_proxy(tmp_path / "data") as opened:
+        yield opened
+
+
+@pytest.fixture
+async def visitor(driver: Driver, proxy: RestartableProxy) -> AsyncIterator[Visitor]:
+    async with driver.visit(proxy.base) as opened:
+        await opened.open_page()
+        yield opened

@@ -471,10 +471,12 @@ class TestFunctions:
         assert await run_scenario("defaults") == before
 
 
-async def test_the_examples_of_the_readme_work(
+async def test_the_examples_of_the_guide_work(
     world: ClientWorld, root: Path, tmp_path: Path
 ) -> None:
-    section = (root / "README.md").read_text().partition("\n## Python client\n")[2]
+    section = (
+        (root / "docs" / "getting-started.md").read_text().partition("\n## Python client\n")[2]
+    )
     examples = re.findall(r"```python\n(.*?)```", section.partition("\n## ")[0], re.DOTALL)
     assert len(examples) == 3
     (tmp_path / "photo.png").write_bytes(photo())

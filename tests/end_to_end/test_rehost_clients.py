@@ -20,6 +20,7 @@ import falproxy
 from falproxy.sandbox import Sandbox
 from falproxy.sandbox import create_app as create_sandbox
 from tests.support.chromium import Chromium
+from tests.support.empty_ledger import with_empty_ledger
 from tests.support.fake_supabase import FakeSupabase
 from tests.support.fake_supabase.faults import delay
 from tests.support.fal_client_world import (
@@ -179,7 +180,7 @@ async def open_world(
         async with TestServer(create_sandbox(sandbox)) as server, ClientSession() as session:
             fal = sandbox.public_url = origin_of(server)
             place |= {"fal_key": CANARY, "upstream_origin": fal, "data_dir": data_dir}
-            falproxy.setup(app, make_settings(**place, **given))
+            falproxy.setup(app, with_empty_ledger(make_settings(**place, **given)))
             async with TestServer(app, socket_factory=lambda *_: listening):
                 yield RehostingWorld(
                     here,

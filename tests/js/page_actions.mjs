@@ -55,6 +55,17 @@ export async function hold({ page, key, repetitions }) {
 export const fill = ({ page, label, text }) => page.getByLabel(label, { exact: true }).fill(text);
 export const select = ({ page, label, option }) =>
   page.getByLabel(label, { exact: true }).selectOption(option);
+
+/** Choose a model in the dialog, by its endpoint id, and wait for its form. */
+export async function chooseModel({ page, endpoint }) {
+  if ((await page.locator("#model").evaluate(({ value }) => value)) !== endpoint) {
+    await page.locator("#model").click();
+    await page.getByLabel("Search models").fill(endpoint);
+    await page.locator(`.model-entry[value="${endpoint}"]`).first().click();
+  }
+  await page.locator(`#job-form[data-endpoint="${endpoint}"]`).waitFor();
+}
+
 export const waitFor = ({ page, selector, state = "visible" }) =>
   page.locator(selector).first().waitFor({ state });
 export const count = ({ page, selector }) => page.locator(selector).count();
@@ -142,6 +153,22 @@ export async function download({ page, ...target }) {
   const [file] = await Promise.all([page.waitForEvent("download"), locate(page, target).click()]);
   const path = await file.path();
   return { name: file.suggestedFilename(), bytes: (await readFile(path)).length };
+}
+
+/** Click a button that downloads a text file. Return its content. */
+export async function downloadText({ page, ...target }) {
+  const [file] = await Promise.all([page.waitForEvent("download"), locate(page, target).click()]);
+  return readFile(await file.path(), "utf8");
+}
+
+/** Click a button that lets the user choose a file; menu: of the history, which is opened first. */
+export async function chooseFile({ page, paths, menu = false, ...target }) {
+  if (menu) {
+    await page.locator("#history-menu").evaluate((details) => (details.open = true));
+  }
+  const button = locate(page, target);
+  const [chooser] = await Promise.all([page.waitForEvent("filechooser"), button.click()]);
+  await chooser.setFiles(paths);
 }
 
 /** Respond to the first `times` requests of a pattern. Without a status their connection fails. */

@@ -16,7 +16,7 @@ import pytest
 
 from falproxy.fal.image_formats import Format
 from tests.support.fake_fal import FakeFal, WireFal
-from tests.support.gateway import Gateway, MakeGateway
+from tests.support.gateway import SHARED, Gateway, MakeGateway
 from tests.support.image_hosts import (
     KONTEXT,
     NOT_AN_IMAGE,
@@ -63,24 +63,26 @@ async def gateway(make_gateway: MakeGateway, fal: FakeFal) -> Gateway:
 # Refusals
 
 
+@SHARED
 @pytest.mark.parametrize("target", CALLS)
 async def test_a_call_with_an_invalid_image_is_refused(
-    gateway: Gateway, fal: FakeFal, target: str
+    shared_gateway: Gateway, shared_fal: FakeFal, target: str
 ) -> None:
-    response = await gateway.call(target, json={"image_url": uri(NOT_AN_IMAGE)})
+    response = await shared_gateway.call(target, json={"image_url": uri(NOT_AN_IMAGE)})
     entry = await image_refusal(response)
     assert entry["type"] == "unsupported_image_format"
     assert "a PDF document" in str(entry["msg"])
     assert entry["ctx"] == {
         "supported_formats": [".jpg", ".jpeg", ".png", ".webp", ".gif", ".avif"]
     }
-    assert fal.seen == []
+    assert shared_fal.seen == []
 
 
 BASE64 = base64.b64encode(PNG).decode()
 ESCAPED = quote(PNG)
 
 
+@SHARED
 @pytest.mark.parametrize("target", [RUN, KONTEXT])
 @pytest.mark.parametrize(
     "value",
@@ -103,11 +105,12 @@ ESCAPED = quote(PNG)
     ],
 )
 async def test_a_data_uri_that_browsers_can_read_reaches_fal(
-    gateway: Gateway, fal: FakeFal, target: str, value: str
+    shared_gateway: Gateway, shared_fal: FakeFal, target: str, value: str
 ) -> None:
-    response = await gateway.call(target, json={"image_url": value})
+    await shared_gateway.forget_results()
+    response = await shared_gateway.call(target, json={"image_url": value})
     assert response.status == 200, await response.text()
-    assert json.loads(fal.seen[0].body) == {"image_url": value}
+    assert json.loads(shared_fal.seen[0].body) == {"image_url": value}
 
 
 @pytest.mark.parametrize("path", ["run/fal-ai/flux/dev", "queue/fal-ai/flux-pro/kontext"])
@@ -120,6 +123,7 @@ async def test_calls_of_base_url_routes_are_checked(
     assert fal.seen == []
 
 
+@SHARED
 @pytest.mark.parametrize(
     ("body", "loc"),
     [
@@ -144,23 +148,29 @@ async def test_calls_of_base_url_routes_are_checked(
 )
 @pytest.mark.parametrize("target", [RUN, KONTEXT])
 async def test_a_refusal_has_the_location_of_the_image(
-    gateway: Gateway, fal: FakeFal, target: str, body: dict[str, object], loc: list[object]
+    shared_gateway: Gateway,
+    shared_fal: FakeFal,
+    target: str,
+    body: dict[str, object],
+    loc: list[object],
 ) -> None:
     text = json.dumps(body).replace('"?"', json.dumps(uri(NOT_AN_IMAGE)))
-    entry = await image_refusal(await gateway.call(target, data=text.encode(), headers=JSON))
+    entry = await image_refusal(await shared_gateway.call(target, data=text.encode(), headers=JSON))
     assert entry["loc"] == ["body", *loc]
-    assert fal.seen == []
+    assert shared_fal.seen == []
 
 
+@SHARED
 @pytest.mark.parametrize(("content", "words"), [row for row in NON_IMAGES if row.values[0] != b""])
 async def test_a_hostile_file_is_refused_and_named(
-    gateway: Gateway, fal: FakeFal, content: bytes, words: str
+    shared_gateway: Gateway, shared_fal: FakeFal, content: bytes, words: str
 ) -> None:
-    entry = await image_refusal(await gateway.call(RUN, json={"image_url": uri(content)}))
+    entry = await image_refusal(await shared_gateway.call(RUN, json={"image_url": uri(content)}))
     assert f"the bytes are {words}. " in str(entry["msg"])
-    assert fal.seen == []
+    assert shared_fal.seen == []
 
 
+@SHARED
 @pytest.mark.parametrize(
     "value",
     [
@@ -171,13 +181,16 @@ async def test_a_hostile_file_is_refused_and_named(
         pytest.param('"data:;BASE64,JVBERi0xLjc="', id="no type"),
     ],
 )
-async def test_unusual_spellings_are_checked(gateway: Gateway, fal: FakeFal, value: str) -> None:
+async def test_unusual_spellings_are_checked(
+    shared_gateway: Gateway, shared_fal: FakeFal, value: str
+) -> None:
     body = b'{"image_\\u0075rl": %s}' % value.encode()
-    entry = await image_refusal(await gateway.call(RUN, data=body, headers=JSON))
+    entry = await image_refusal(await shared_gateway.call(RUN, data=body, headers=JSON))
     assert "a PDF document" in str(entry["msg"])
-    assert fal.seen == []
+    assert shared_fal.seen == []
 
 
+@SHARED
 @pytest.mark.parametrize(
     ("size", "status"),
     [
@@ -188,11 +201,11 @@ async def test_unusual_spellings_are_checked(gateway: Gateway, fal: FakeFal, val
     ],
 )
 async def test_50_megapixels_are_accepted(
-    gateway: Gateway, fal: FakeFal, size: tuple[int, int], status: int
+    shared_gateway: Gateway, shared_fal: FakeFal, size: tuple[int, int], status: int
 ) -> None:
-    response = await gateway.call(RUN, json={"image_url": uri(png_header(*size))})
+    response = await shared_gateway.call(RUN, json={"image_url": uri(png_header(*size))})
     assert response.status == status
-    assert len(fal.seen) == (status == 200)
+    assert len(shared_fal.seen) == (status == 200)
     if status == 422:
         entry = await image_refusal(response)
         assert entry["type"] == "image_too_large"
@@ -223,15 +236,17 @@ async def test_the_accepted_formats_are_a_setting(
 # Accepted images
 
 
+@SHARED
 @pytest.mark.parametrize(("content", "known"), IMAGES)
 async def test_a_real_image_is_accepted(
-    gateway: Gateway, fal: FakeFal, content: bytes, known: Format
+    shared_gateway: Gateway, shared_fal: FakeFal, content: bytes, known: Format
 ) -> None:
-    response = await gateway.call(RUN, json={"image_url": uri(content, "text/html")})
+    response = await shared_gateway.call(RUN, json={"image_url": uri(content, "text/html")})
     assert response.status == 200, f"a {known}, whatever its declared type"
-    assert len(fal.seen) == 1
+    assert len(shared_fal.seen) == 1
 
 
+@SHARED
 @pytest.mark.parametrize(
     "body",
     [
@@ -252,13 +267,14 @@ async def test_a_real_image_is_accepted(
 )
 @pytest.mark.parametrize("target", [RUN, KONTEXT])
 async def test_inputs_without_an_image_are_forwarded(
-    gateway: Gateway, fal: FakeFal, target: str, body: object
+    shared_gateway: Gateway, shared_fal: FakeFal, target: str, body: object
 ) -> None:
-    response = await gateway.call(target, json=body)
+    response = await shared_gateway.call(target, json=body)
     assert response.status == 200
-    assert [json.loads(seen.body) for seen in fal.seen] == [body]
+    assert [json.loads(seen.body) for seen in shared_fal.seen] == [body]
 
 
+@SHARED
 @pytest.mark.parametrize(
     ("target", "method"),
     [
@@ -269,17 +285,18 @@ async def test_inputs_without_an_image_are_forwarded(
     ],
 )
 async def test_other_calls_are_not_checked(
-    gateway: Gateway, fal: FakeFal, target: str, method: str
+    shared_gateway: Gateway, shared_fal: FakeFal, target: str, method: str
 ) -> None:
     body = {"image_url": uri(NOT_AN_IMAGE)}
-    response = await gateway.call(target, method, json=body)
+    response = await shared_gateway.call(target, method, json=body)
     assert response.status == 200
-    assert [json.loads(seen.body) for seen in fal.seen] == [body]
+    assert [json.loads(seen.body) for seen in shared_fal.seen] == [body]
 
 
 # Bodies
 
 
+@SHARED
 @pytest.mark.parametrize(
     "body",
     [
@@ -303,12 +320,13 @@ async def test_other_calls_are_not_checked(
 @pytest.mark.parametrize("is_chunked", [False, True], ids=["with its length", "chunked"])
 @pytest.mark.parametrize("target", [RUN, KONTEXT])
 async def test_a_body_reaches_fal_byte_for_byte(
-    gateway: Gateway, fal: FakeFal, target: str, is_chunked: bool, body: bytes
+    shared_gateway: Gateway, shared_fal: FakeFal, target: str, is_chunked: bool, body: bytes
 ) -> None:
     headers = JSON if is_chunked else [*JSON, ("Content-Length", str(len(body)))]
-    response = await gateway.call(target, data=in_pieces(body), headers=headers)
+    await shared_gateway.forget_results()
+    response = await shared_gateway.call(target, data=in_pieces(body), headers=headers)
     assert response.status == 200
-    (seen,) = fal.seen
+    (seen,) = shared_fal.seen
     assert seen.body == body
     assert seen.header("content-length") == str(len(body))
 

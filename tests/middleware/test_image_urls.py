@@ -6,8 +6,10 @@ Some loopback addresses count as public: the fetcher is configured with them.
 import asyncio
 import tracemalloc
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 
 import pytest
+import pytest_asyncio
 from aiohttp.pytest_plugin import AiohttpServer
 
 from falproxy.media.fetch import Fetcher, FetchTimeouts
@@ -15,7 +17,7 @@ from falproxy.sandbox import Sandbox
 from falproxy.sandbox import create_app as create_sandbox
 from tests.support.fake_fal import FakeFal
 from tests.support.fake_hosts import NAME, PRIVATE, redirect, reply
-from tests.support.gateway import Gateway, MakeGateway
+from tests.support.gateway import SHARED, Gateway, MakeGateway, open_gateway
 from tests.support.image_hosts import (
     KONTEXT,
     NOT_AN_IMAGE,
@@ -39,6 +41,59 @@ async def internet() -> AsyncIterator[Internet]:
         yield opened
 
 
+# Proxies for tests that need none of their own, by FALPROXY_CHECK_REMOTE_IMAGES.
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def module_internet() -> AsyncIterator[Internet]:
+    async with open_internet() as opened:
+        yield opened
+
+
+@pytest.fixture
+def shared_internet(module_internet: Internet) -> Internet:
+    module_internet.reset()
+    return module_internet
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared_gateways(
+    module_internet: Internet,
+    module_fal: FakeFal,
+    server_kind: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> AsyncIterator[dict[bool, Gateway]]:
+    async with AsyncExitStack() as stack:
+        yield {
+            is_checked: await stack.enter_async_context(
+                open_gateway(
+                    module_fal.origin,
+                    tmp_path_factory.mktemp("data"),
+                    server_kind,
+                    module_internet.fetcher(),
+                    check_remote_images=is_checked,
+                )
+            )
+            for is_checked in (False, True)
+        }
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def careful_gateway(
+    module_internet: Internet,
+    module_fal: FakeFal,
+    server_kind: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> AsyncIterator[Gateway]:
+    """A proxy for which public addresses are the real ones."""
+    fetcher = Fetcher(resolver=module_internet.names, ports=(module_internet.port,))
+    data_dir = tmp_path_factory.mktemp("data")
+    async with open_gateway(
+        module_fal.origin, data_dir, server_kind, fetcher, check_remote_images=True
+    ) as opened:
+        yield opened
+
+
 @pytest.fixture
 async def online(internet: Internet, make_gateway: MakeGateway, fal: FakeFal) -> Gateway:
     """A proxy between these servers and `fal`."""
@@ -48,6 +103,7 @@ async def online(internet: Internet, make_gateway: MakeGateway, fal: FakeFal) ->
 # Checks of URLs
 
 
+@SHARED
 @pytest.mark.parametrize(
     "host",
     [
@@ -61,13 +117,10 @@ async def online(internet: Internet, make_gateway: MakeGateway, fal: FakeFal) ->
 )  # fmt: skip
 @pytest.mark.parametrize("target", [RUN, KONTEXT])
 async def test_a_private_url_is_refused_without_a_connection(
-    make_gateway: MakeGateway, fal: FakeFal, internet: Internet, target: str, host: str
+    careful_gateway: Gateway, shared_fal: FakeFal, shared_internet: Internet, target: str, host: str
 ) -> None:
-    fetcher = Fetcher(
-        resolver=internet.names, ports=(internet.port,)
-    )  # public addresses are the real ones
-    gateway = await make_gateway(fal.origin, check_remote_images=True, fetcher=fetcher)
-    response = await gateway.call(target, json={"image_url": internet.url(host=host)})
+    internet, fal = shared_internet, shared_fal
+    response = await careful_gateway.call(target, json={"image_url": internet.url(host=host)})
     entry = await image_refusal(response)
     assert entry["type"] == "image_load_error"
     assert entry["loc"] == ["body", "image_url"]
@@ -265,24 +318,25 @@ async def hang(writer: asyncio.StreamWriter) -> None:
 )
 @pytest.mark.parametrize("check_remote", [False, True])
 @pytest.mark.parametrize("target", [KONTEXT, RUN])
+@SHARED
 async def test_a_call_is_forwarded_if_the_host_does_not_respond(
-    internet: Internet,
-    make_gateway: MakeGateway,
-    fal: FakeFal,
+    shared_internet: Internet,
+    shared_gateways: dict[bool, Gateway],
+    shared_fal: FakeFal,
     target: str,
     check_remote: bool,
     host: str,
     path: str,
 ) -> None:
+    internet, fal = shared_internet, shared_fal
     internet.public.responses |= {
         "/broken.png": reply(500),
         "/silent.png": hang,
         "/zipped.png": reply(body=PNG, Content_Encoding="gzip"),
         "/short.png": reply(body=b"", Content_Length="99"),
     }
-    gateway = await make_gateway(
-        fal.origin, check_remote_images=check_remote, fetcher=internet.fetcher()
-    )
+    gateway = shared_gateways[check_remote]
+    await gateway.forget_results()
     response = await gateway.call(target, json={"image_url": internet.url(path, host)})
     assert response.status == 200
     assert len(fal.seen) == 1

@@ -14,7 +14,7 @@ from falproxy.stores.ledger import CallRecord, UsageQuery
 from falproxy.stores.ledger.writer import LEDGER_WRITER
 from tests.support.fake_fal import FakeFal, WireFal, read_head
 from tests.support.fake_hosts import reply
-from tests.support.gateway import Gateway, MakeGateway
+from tests.support.gateway import SHARED, Gateway, MakeGateway
 from tests.support.image_hosts import KONTEXT, NOT_AN_IMAGE, PNG, open_internet, uri
 from tests.support.sandbox_proxy import until
 from tests.support.urls import PROXY, REQUEST, RUN, SUBMIT
@@ -103,6 +103,7 @@ async def test_a_request_submitted_by_get_belongs_to_its_caller(
     assert (await gateway.call(url, "GET", headers=[*BOB.items()])).status == 404
 
 
+@SHARED
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
     ("query", "loc"),
@@ -126,13 +127,13 @@ async def test_a_request_submitted_by_get_belongs_to_its_caller(
     ],
 )
 async def test_an_invalid_image_in_the_query_is_refused(
-    gateway: Gateway, fal: FakeFal, target: str, query: str, loc: list[object]
+    shared_gateway: Gateway, shared_fal: FakeFal, target: str, query: str, loc: list[object]
 ) -> None:
-    response = await gateway.call(f"{target}?{query}", "GET")
+    response = await shared_gateway.call(f"{target}?{query}", "GET")
     body = await response.json()
     assert response.status == 422, body
     assert body["detail"][0]["loc"] == ["query", *loc]
-    assert fal.seen == []
+    assert shared_fal.seen == []
 
 
 async def test_the_query_of_a_post_is_checked_too(gateway: Gateway, fal: FakeFal) -> None:

@@ -7,15 +7,17 @@ import time
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
+import pytest_asyncio
 from aiohttp import ClientError, ClientPayloadError, ClientSession, web
 from aiohttp.abc import AbstractAccessLogger
 from multidict import CIMultiDict
 
 from falproxy import create_app
-from tests.support.fake_fal import FakeFal, WireFal, read_head
-from tests.support.gateway import Gateway, MakeGateway
+from tests.support.fake_fal import FakeFal, WireFal, open_wire, read_head
+from tests.support.gateway import SHARED, Gateway, MakeGateway, open_gateway
 from tests.support.header_names import ADDED, KEPT_BACK, OF_THE_CONNECTION
 from tests.support.key_search import CANARY
 from tests.support.settings import make_settings
@@ -133,17 +135,20 @@ RESPONDERS = [
 ]
 
 
+@SHARED
 @pytest.mark.parametrize("responder", RESPONDERS)
 @pytest.mark.parametrize("method", ["GET", "POST"])
 async def test_the_response_is_the_same_directly_and_through_the_proxy(
-    gateway: Gateway,
-    fal: FakeFal,
-    session: ClientSession,
+    shared_gateway: Gateway,
+    shared_fal: FakeFal,
+    shared_session: ClientSession,
     responder: Responder,
     method: str,
 ) -> None:
-    fal.respond = responder
-    direct, through = await send_directly_and_through_proxy(gateway, session, fal.origin, method)
+    shared_fal.respond = responder
+    direct, through = await send_directly_and_through_proxy(
+        shared_gateway, shared_session, shared_fal.origin, method
+    )
     assert through[:3] == direct[:3]
     assert through[3] == direct[3], "the bodies differ"
 
@@ -186,6 +191,22 @@ async def test_unusual_but_valid_responses_are_relayed(
     assert through == direct
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared_wire() -> AsyncIterator[WireFal]:
+    """fal for tests of responses after which the proxy closes its connection."""
+    async with open_wire() as fake:
+        yield fake
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def wire_gateway(
+    shared_wire: WireFal, server_kind: str, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Gateway]:
+    data_dir = tmp_path_factory.mktemp("data")
+    async with open_gateway(shared_wire.origin, data_dir, server_kind) as opened:
+        yield opened
+
+
 INVALID_RESPONSES = [
     pytest.param(b"", id="no bytes"),
     pytest.param(b"not HTTP at all\r\n\r\n", id="not HTTP"),
@@ -217,18 +238,20 @@ INVALID_RESPONSES = [
 ]
 
 
+@SHARED
 @pytest.mark.parametrize("response_bytes", INVALID_RESPONSES)
 @pytest.mark.parametrize(
     ("method", "target"), [("GET", f"{REQUEST}/status"), ("GET", RUN), ("POST", RUN)]
 )
 async def test_an_invalid_response_is_an_error(
-    make_gateway: MakeGateway, wire: WireFal, response_bytes: bytes, method: str, target: str
+    wire_gateway: Gateway, shared_wire: WireFal, response_bytes: bytes, method: str, target: str
 ) -> None:
     """fal's clients retry after a 502. A call of a model may have made a job: it gets a 504 with
     the header that prevents retries."""
-    wire.send(response_bytes)
-    gateway = await make_gateway(wire.origin)
-    response = await gateway.call(target, method)
+    shared_wire.send(response_bytes)
+    # With a name of its own for the client, so that the request head is not known.
+    headers = [("User-Agent", f"test/{uuid4().hex}")]
+    response = await wire_gateway.call(target, method, headers=headers)
     assert (await response.json())["type"] == "upstream_broken"
     outcome = (response.status, response.headers.get("x-fal-request-timeout-type"))
     assert outcome == ((504, "user") if target == RUN else (502, None))
@@ -314,13 +337,13 @@ TRUNCATED_RESPONSES = [
 ]
 
 
+@SHARED
 @pytest.mark.parametrize("response_bytes", TRUNCATED_RESPONSES)
 async def test_an_incomplete_body_is_incomplete_for_the_client(
-    make_gateway: MakeGateway, wire: WireFal, response_bytes: bytes
+    wire_gateway: Gateway, shared_wire: WireFal, response_bytes: bytes
 ) -> None:
-    wire.send(response_bytes)
-    gateway = await make_gateway(wire.origin)
-    response = await gateway.call(RUN)
+    shared_wire.send(response_bytes)
+    response = await wire_gateway.call(RUN)
     if response.status != 504:  # it broke off before the proxy had sent a byte
         with pytest.raises(ClientPayloadError):
             await response.read()

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.support.fake_fal import FakeFal
-from tests.support.gateway import Gateway
+from tests.support.gateway import SHARED, Gateway
 
 pytestmark = [pytest.mark.both_event_loops, pytest.mark.both_transports]
 
@@ -76,13 +76,14 @@ AMBIGUOUS = [
 ]
 
 
+@SHARED
 @pytest.mark.parametrize("request_bytes", AMBIGUOUS)
 async def test_a_request_with_two_meanings_is_refused(
-    gateway: Gateway, fal: FakeFal, request_bytes: bytes
+    shared_gateway: Gateway, shared_fal: FakeFal, request_bytes: bytes
 ) -> None:
-    response = await gateway.send_raw(request_bytes)
+    response = await shared_gateway.send_raw(request_bytes)
     assert response.split()[1] == b"400"
-    assert fal.seen == []
+    assert shared_fal.seen == []
 
 
 async def test_bytes_behind_a_declined_upgrade_are_a_request_of_their_own(

@@ -346,6 +346,41 @@ async def test_the_number_of_idle_connections_is_bounded(
             await asyncio.sleep(0.01)
 
 
+@pytest.mark.parametrize(
+    ("body", "is_kept"),
+    [
+        pytest.param(OK, False, id="with a length"),
+        pytest.param(OK, True, id="idle until it is closed"),
+        pytest.param(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+                     False, id="chunked"),
+        pytest.param(b"HTTP/1.1 204 No Content\r\n\r\n", False, id="without a body"),
+    ],
+)  # fmt: skip
+async def test_a_connection_that_has_ended_is_freed_without_garbage_collection(
+    wire: WireFal,
+    make_pool: Callable[..., Pool],
+    monkeypatch: pytest.MonkeyPatch,
+    body: bytes,
+    is_kept: bool,
+) -> None:
+    """After a peak, cycles of thousands of connections would stay in memory for a long time."""
+    monkeypatch.setattr(pool, "IDLE_MAX", 1 if is_kept else 0)
+    monkeypatch.setattr(connection, "IDLE_SECONDS", 0.1)
+    wire.serve = serve_always(body)
+    transport = make_pool()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            await read_body(await transport.send(request_to(wire)))
+        async with asyncio.timeout(10):
+            while len(transport._open_connections):
+                await asyncio.sleep(0.01)
+    finally:
+        gc.enable()
+    assert not any(transport._idle.values())
+
+
 async def test_a_connection_that_waits_for_a_request_body_is_idle_too(
     wire: WireFal, make_pool: Callable[..., Pool], monkeypatch: pytest.MonkeyPatch
 ) -> None:

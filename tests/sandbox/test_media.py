@@ -21,6 +21,7 @@ from falproxy.sandbox.media_encoding import MediaFile
 from falproxy.sandbox.media_output import (
     SOUND_SECONDS_MAX,
     VIDEO_SECONDS_MAX,
+    media_of_equal_calls,
     output_seconds,
     render_media,
     render_video,
@@ -283,6 +284,9 @@ class TestWithoutPyAV:
     @pytest.fixture(autouse=True)
     def pyav_is_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "av", None)
+        cache = media_of_equal_calls.cache
+        assert cache is not None
+        cache.clear()
 
     async def test_a_sound_is_a_wave_file(self, fal: OfflineFal) -> None:
         response = await fal.run(MINIMAX, {"text": "hello"})

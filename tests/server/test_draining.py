@@ -2,14 +2,17 @@
 
 import asyncio
 import signal
+import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from aiohttp import ClientConnectorError, ClientSession
+from aiohttp import ClientConnectorError, ClientSession, web
 
+from falproxy.server.draining import stop_listening
+from falproxy.server.fast_path.protocol import FastPathRunner
 from tests.support.cli_process import CliProcess, run_command
 from tests.support.fake_fal import FakeFal
 from tests.support.key_search import CANARY
@@ -152,3 +155,109 @@ async def test_new_connections_in_the_queue_are_served(env: dict[str, str], work
         assert await proxy.stop() == 0
         await asyncio.gather(*clients)
         assert {*statuses} == {200}
+
+
+@ALL_KINDS
+@pytest.mark.parametrize("is_chunked", [False, True], ids=["length", "chunks"])
+async def test_a_body_that_is_being_sent_is_received_after_the_stop_began(
+    env: dict[str, str], fal: FakeFal, workers: str, is_chunked: bool
+) -> None:
+    """Load balancers that do not buffer requests send the head first."""
+    parts = [b'{"prompt": "', b"a light", b'house"}']
+    framing = (
+        "Transfer-Encoding: chunked" if is_chunked else f"Content-Length: {len(b''.join(parts))}"
+    )
+    head = f"POST {PROXY} HTTP/1.1\r\nHost: localhost\r\nx-fal-target-url: {RUN}\r\n"
+    head += f"Content-Type: application/json\r\n{framing}\r\n\r\n"
+    arguments = ("serve", "--workers", workers)
+    async with run_command(*arguments, **env | {"FALPROXY_STOP_DELAY": "0.2"}) as proxy:
+        port = int(proxy.origin.rpartition(":")[2])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(head.encode())
+
+        async def send(part: bytes) -> None:
+            writer.write(b"%x\r\n%s\r\n" % (len(part), part) if is_chunked else part)
+            await writer.drain()
+
+        await send(parts[0])
+        await asyncio.sleep(0.1)
+        async with stopping(proxy):
+            await until_refused(port)
+            await asyncio.sleep(0.3)  # the server has begun to close connections
+            for part in parts[1:]:
+                await send(part)
+                await asyncio.sleep(0.1)
+            if is_chunked:
+                writer.write(b"0\r\n\r\n")
+            async with asyncio.timeout(3):
+                response = await reader.read()
+            assert response.startswith(b"HTTP/1.1 200 OK\r\n")
+        writer.close()
+    assert [seen.body for seen in fal.seen] == [b"".join(parts)]
+
+
+async def until_refused(port: int) -> None:
+    async with asyncio.timeout(10):
+        while True:
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+            except ConnectionRefusedError:
+                return
+            writer.close()
+            await asyncio.sleep(0.02)
+
+
+class SlowSite(web.SockSite):
+    """A site of a process that does not run for some time just before its socket is closed."""
+
+    async def stop(self) -> None:
+        time.sleep(0.3)  # noqa: ASYNC251 - nothing else may run
+        await super().stop()
+
+
+def request_until_refused(address: tuple[str, int]) -> list[str]:
+    """Send requests on new connections. Return the responses, and errors other than a refusal."""
+    found = []
+    while True:
+        try:
+            with socket.create_connection(address, timeout=10) as client:
+                client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+                found.append(client.recv(1024).decode().partition("\r\n")[0])
+        except ConnectionRefusedError:
+            return found
+        except OSError as error:
+            found.append(type(error).__name__)
+
+
+async def test_a_connection_that_is_established_while_the_socket_is_closed_is_served() -> None:
+    async def respond(request: web.Request) -> web.Response:
+        return web.Response()
+
+    app = web.Application()
+    app.router.add_get("/", respond)
+    runner = FastPathRunner(app, shutdown_timeout=1)
+    await runner.setup()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        await SlowSite(runner, listener).start()
+        clients = [
+            asyncio.create_task(asyncio.to_thread(request_until_refused, listener.getsockname()))
+            for _ in range(4)
+        ]
+        await asyncio.sleep(0.1)
+        await stop_listening(runner, [listener])
+        await runner.cleanup()
+        found = [each for client in clients for each in await client]
+    assert {*found} == {"HTTP/1.1 200 OK"}
+
+
+async def test_a_socket_of_another_process_keeps_accepting() -> None:
+    """systemd's sockets have connections that the next process accepts."""
+    runner = FastPathRunner(web.Application(), shutdown_timeout=1)
+    await runner.setup()
+    with socket.create_server(("127.0.0.1", 0)) as passed:
+        listener = passed.dup()
+        await web.SockSite(runner, listener).start()
+        await stop_listening(runner, [listener], are_passed=True)
+        await runner.cleanup()
+        with socket.create_connection(passed.getsockname(), timeout=5):
+            passed.accept()[0].close()

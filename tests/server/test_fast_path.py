@@ -37,6 +37,7 @@ from falproxy.server.fast_path.protocol import (
     is_supported,
 )
 from falproxy.server.fast_path.route_cache import RouteCache
+from tests.support.empty_ledger import with_empty_ledger
 from tests.support.fake_fal import read_head
 from tests.support.gateway import FastPathTestServer
 from tests.support.key_search import CANARY, LEAKS
@@ -187,7 +188,7 @@ async def make(fal: ScriptedFal, tmp_path: Path) -> AsyncIterator[Make]:
     async def start(**settings: object) -> Proxy:
         folder = tmp_path / str(len(started))
         settings = {"fal_key": CANARY, "upstream_origin": fal.origin, "data_dir": folder} | settings
-        server = FastPathTestServer(create_app(make_settings(**settings)))
+        server = FastPathTestServer(create_app(with_empty_ledger(make_settings(**settings))))
         await server.start_server()
         started.append(Proxy(server, folder))
         return started[-1]

@@ -26,6 +26,7 @@ from falproxy.server.fast_path.route_cache import RouteCache
 from falproxy.stores.keys import Expiry, KeyChange, NewKey
 from falproxy.stores.keys.known_keys import KNOWN_KEYS
 from falproxy.stores.keys.sql_keys import choose_key_store
+from tests.support.empty_ledger import with_empty_ledger
 from tests.support.fake_fal import FakeFal, respond_as_queue
 from tests.support.gateway import FastPathTestServer
 from tests.support.key_search import CANARY
@@ -86,7 +87,7 @@ async def make(fal: FakeFal, tmp_path: Path) -> AsyncIterator[Make]:
         async def start(hook: AuthHook | None = None, **options: object) -> Proxy:
             settings: dict[str, Any] = {"fal_key": CANARY, "upstream_origin": fal.origin}
             settings |= {"data_dir": tmp_path, "allowed_hosts": ("*",)} | options
-            app = create_app(make_settings(**settings), authenticate=hook)
+            app = create_app(with_empty_ledger(make_settings(**settings)), authenticate=hook)
             server = FastPathTestServer(app)
             await server.start_server()
             stack.push_async_callback(server.close)

@@ -19,6 +19,7 @@ from falproxy.server.limits import (
     ConnectionLimits,
     connection_limit,
 )
+from tests.support.empty_ledger import with_empty_ledger
 from tests.support.fake_fal import FakeFal
 from tests.support.gateway import FastPathTestServer
 from tests.support.key_search import CANARY
@@ -93,14 +94,13 @@ async def make(fal: FakeFal, tmp_path: Path) -> AsyncIterator[Make]:
     started: list[Proxy] = []
 
     async def start(*, fast_path: bool = True, **limits: object) -> Proxy:
-        app = create_app(
-            make_settings(
-                fal_key=CANARY,
-                upstream_origin=fal.origin,
-                data_dir=tmp_path / str(len(started)),
-                fast_path=fast_path,
-            )
+        settings = make_settings(
+            fal_key=CANARY,
+            upstream_origin=fal.origin,
+            data_dir=tmp_path / str(len(started)),
+            fast_path=fast_path,
         )
+        app = create_app(with_empty_ledger(settings))
         app[CONNECTION_LIMITS] = replace(ConnectionLimits(), **limits)  # type: ignore[arg-type]
         server = FastPathTestServer(app)
         await server.start_server()

@@ -19,6 +19,7 @@ import pytest
 from aiohttp import ClientError, ClientSession, ClientTimeout, TCPConnector, web
 
 from falproxy.metrics import METRICS, Metrics
+from falproxy.server.supervisor import WorkerContext
 from falproxy.server.worker_metrics import (
     SNAPSHOT_TIMEOUT,
     fetch_snapshot,
@@ -489,3 +490,12 @@ async def test_a_folder_with_a_name_that_is_too_long_is_an_error(tmp_path: Path)
     with pytest.raises(ValueError, match="Workers cannot share their numbers below"):
         await web.AppRunner(app).setup()
     assert socket_path(folder, 7).name == "7.sock"
+
+
+def test_a_worker_that_starts_when_its_supervisor_has_died_reports_no_error() -> None:
+    """It notices that by its stop pipe, and stops."""
+    reader, ready_pipe = os.pipe()
+    os.close(reader)
+    WorkerContext(-1, None, ready_pipe).signal_ready()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.close(ready_pipe)

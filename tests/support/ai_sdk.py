@@ -13,6 +13,7 @@ from aiohttp.test_utils import TestServer
 from falproxy import create_app
 from falproxy.sandbox import Sandbox
 from falproxy.sandbox import create_app as create_sandbox
+from tests.support.empty_ledger import with_empty_ledger
 from tests.support.js_world import (
     PLAY_TIMEOUT,
     World,
@@ -38,7 +39,7 @@ async def open_proxy(data_dir: Path, **given: Any) -> AsyncIterator[World]:
         settings = make_settings(
             fal_key=CANARY, upstream_origin=origin_of(fal), data_dir=data_dir, **given
         )
-        async with TestServer(create_app(settings)) as gateway:
+        async with TestServer(create_app(with_empty_ledger(settings))) as gateway:
             yield World(origin_of(gateway), origin_of(fal), sandbox, session)
     for call in sandbox.seen:
         check_credentials(call)

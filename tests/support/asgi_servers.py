@@ -1,16 +1,14 @@
-"""ASGI servers of other projects, on loopback and in the event loop of the test."""
+"""ASGI servers of other projects, on loopback and in the event loop of the test. They are imported
+when a test needs them: every process of the tests imports this module."""
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any
 
-import hypercorn.asyncio
-import uvicorn
 from aiohttp.test_utils import BaseTestServer
 from aiohttp.web_runner import BaseRunner
-from hypercorn.config import Config
 from yarl import URL
 
 STOP_TIMEOUT = 5  # seconds for requests that still run at the end of a test
@@ -18,15 +16,14 @@ STOP_TIMEOUT = 5  # seconds for requests that still run at the end of a test
 AsgiApp = Callable[..., Coroutine[Any, Any, None]]
 
 
-class QuietUvicorn(uvicorn.Server):
-    """uvicorn without handlers of signals, which would replace pytest's."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
 async def run_uvicorn(app: AsgiApp, listener: socket.socket, stop: asyncio.Event) -> None:
+    import uvicorn
+
+    class QuietUvicorn(uvicorn.Server):
+        """uvicorn without handlers of signals, which would replace pytest's."""
+
+        capture_signals = staticmethod(nullcontext)  # type: ignore[assignment]
+
     config = uvicorn.Config(
         app,
         http="httptools",
@@ -48,6 +45,9 @@ async def run_uvicorn(app: AsgiApp, listener: socket.socket, stop: asyncio.Event
 
 
 async def run_hypercorn(app: AsgiApp, listener: socket.socket, stop: asyncio.Event) -> None:
+    import hypercorn.asyncio
+    from hypercorn.config import Config
+
     config = Config()
     config.bind = [f"fd://{listener.detach()}"]
     config.include_server_header = config.include_date_header = False

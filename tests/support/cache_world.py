@@ -11,6 +11,7 @@ from aiohttp.test_utils import TestServer
 import falproxy
 from falproxy.sandbox import Sandbox
 from falproxy.sandbox import create_app as create_sandbox
+from tests.support.empty_ledger import with_empty_ledger
 from tests.support.fal_client_world import ClientWorld, check_credentials, photo
 from tests.support.js_world import origin_of
 from tests.support.key_search import CANARY
@@ -41,7 +42,7 @@ async def open_world(data_dir: Path, **options: Any) -> AsyncIterator[ClientWorl
         settings = make_settings(
             fal_key=CANARY, upstream_origin=origin_of(fal), data_dir=data_dir, **options
         )
-        falproxy.setup(app, settings)
+        falproxy.setup(app, with_empty_ledger(settings))
         async with TestServer(app) as gateway:
             yield ClientWorld(origin_of(gateway), origin_of(fal), sandbox, session, at_proxy)
     for call in sandbox.seen:

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from threading import Thread
 
+from falproxy import Settings
 from falproxy.stores.ledger.sqlite import sqlite_ledger
 
 NAME = "ledger.sqlite"
@@ -26,6 +27,13 @@ def empty_ledger() -> bytes:
         thread.start()
         thread.join()
         return file.read_bytes()
+
+
+def with_empty_ledger(settings: Settings) -> Settings:
+    """Return the settings, with the file in their data directory if the ledger is one."""
+    if settings.ledger.database_url is None:
+        add_empty_ledger(settings.data_dir)
+    return settings
 
 
 def add_empty_ledger(data_dir: Path) -> None:

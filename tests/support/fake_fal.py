@@ -1,11 +1,13 @@
 """Fakes of fal on loopback: an HTTP application, and a raw socket server."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from uuid import uuid4
 
 from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 Respond = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -57,6 +59,11 @@ class FakeFal:
     respond: Respond = respond_hello
     seen: list[Seen] = field(default_factory=list)
 
+    def reset(self) -> None:
+        """Forget the requests, and respond as at the start."""
+        self.respond = respond_hello
+        self.seen.clear()
+
     async def handle(self, request: web.Request) -> web.StreamResponse:
         self.seen.append(
             Seen(
@@ -67,6 +74,29 @@ class FakeFal:
             )
         )
         return await self.respond(request)
+
+
+@asynccontextmanager
+async def open_fal() -> AsyncIterator[FakeFal]:
+    """Serve a fake fal that accepts large requests."""
+    fake = FakeFal()
+    app = web.Application(
+        client_max_size=2**30,
+        handler_args={
+            "handler_cancellation": True,
+            "auto_decompress": False,
+            "max_field_size": 65536,
+            "max_line_size": 65536,
+        },
+    )
+    app.router.add_route("*", "/{path:.*}", fake.handle)
+    server = TestServer(app)
+    await server.start_server(access_log=None)
+    try:
+        fake.origin = f"http://127.0.0.1:{server.port}"
+        yield fake
+    finally:
+        await server.close()
 
 
 Connection = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -99,6 +129,16 @@ class WireFal:
             await writer.drain()
 
         self.serve = serve
+
+
+@asynccontextmanager
+async def open_wire() -> AsyncIterator[WireFal]:
+    fake = WireFal()
+    server = await asyncio.start_server(fake.accept, "127.0.0.1", 0)
+    fake.origin = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    yield fake
+    server.close()
+    await server.wait_closed()
 
 
 async def read_head(reader: asyncio.StreamReader) -> bytes:

@@ -39,6 +39,14 @@ class Host:
     open_now: int = 0
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
+    def reset(self) -> None:
+        """Forget the requests and the responses. Connections of an earlier test are closed."""
+        self.connections = 0
+        self.seen.clear()
+        self.responses.clear()
+        for task in self.tasks:
+            task.cancel()
+
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.create_task(self.respond(reader, writer))
         self.tasks.add(task)

@@ -22,6 +22,7 @@ import falproxy
 from falproxy.sandbox import Sandbox
 from falproxy.sandbox import create_app as create_sandbox
 from falproxy.sandbox.state import SeenRequest
+from tests.support.empty_ledger import with_empty_ledger
 from tests.support.js_world import World, need, origin_of
 from tests.support.key_search import CANARY, SECRET
 from tests.support.settings import make_settings
@@ -113,7 +114,7 @@ async def open_world(**options: Any) -> AsyncIterator[ClientWorld]:
     app = web.Application(middlewares=[record], handler_args={"handler_cancellation": True})
     async with TestServer(create_sandbox(sandbox)) as fal:
         settings = make_settings(fal_key=CANARY, upstream_origin=origin_of(fal), **options)
-        falproxy.setup(app, settings, prefix="/ai")
+        falproxy.setup(app, with_empty_ledger(settings), prefix="/ai")
         async with TestServer(app) as gateway, ClientSession() as session:
             sandbox.public_url = origin_of(fal)
             yield ClientWorld(

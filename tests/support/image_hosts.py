@@ -36,6 +36,13 @@ class Internet:
     def url(self, path: str = "/a.png", host: str = NAME) -> str:
         return f"http://{host}:{self.port}{path}"
 
+    def reset(self) -> None:
+        """Forget the requests, and respond as at the start."""
+        for host in (self.public, self.private):
+            host.reset()
+            host.responses["/a.png"] = reply(body=PNG)
+        self.names.asked.clear()
+
     def fetcher(self, **options: object) -> Fetcher:
         settings = {
             "resolver": self.names,

@@ -22,6 +22,7 @@ import falproxy
 from falproxy.sandbox import Sandbox
 from falproxy.sandbox import create_app as create_sandbox
 from falproxy.sandbox.state import RUNNERS, SeenRequest
+from tests.support.empty_ledger import with_empty_ledger
 from tests.support.key_search import CANARY, SECRET
 from tests.support.settings import make_settings
 
@@ -145,7 +146,9 @@ def check_credentials(call: SeenRequest) -> None:
 def gateway_app(fal: str, pages: dict[str, Path], data_dir: Path) -> web.Application:
     """Return an application with the proxy, fixtures at /fixtures, and these static pages."""
     app = web.Application(handler_args={"handler_cancellation": True})
-    settings = make_settings(fal_key=CANARY, upstream_origin=fal, data_dir=data_dir)
+    settings = with_empty_ledger(
+        make_settings(fal_key=CANARY, upstream_origin=fal, data_dir=data_dir)
+    )
     falproxy.setup(app, settings)
     fixtures = {"photo.png": (photo, "image/png"), "large.bin": (large, "application/x-noise")}
 

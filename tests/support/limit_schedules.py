@@ -3,6 +3,7 @@ the rules that hold in each. They run in virtual time."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any, TypeVar
@@ -21,7 +22,7 @@ from falproxy.middleware.call_limits import CALL_LIMITS, limits_of
 from falproxy.middleware.image_inputs import INSPECTED_INPUT, NEEDS_INPUT, InspectedInput
 from falproxy.middleware.job_costs import job_check
 from falproxy.middleware.limit_calls import LimitPolicy, reserve_costs, settle_jobs
-from falproxy.middleware.limiter import Limiter
+from falproxy.middleware.limiter import SWEEP_INTERVAL, Limiter
 from falproxy.proxy.call import CALL, OWNER, Call
 from falproxy.proxy.forward import RelayedResponse
 from falproxy.proxy.upstream import UPSTREAM, UpstreamUnreachable, connection_lost
@@ -40,6 +41,10 @@ from tests.support.simulated_processes import Response, SimulatedRequest, respon
 BUDGET, CONCURRENCY = 4 * PRICE, 3
 SETTINGS = LimitSettings(budget=(BUDGET, LONG), concurrency=CONCURRENCY)
 KEYS = KeyPool(["key"], lambda: 0.0)
+LIMITS = (
+    Limit("budget", "principal:web", BUDGET, LONG),
+    Limit("concurrency", "principal:web", CONCURRENCY),
+)
 # Seconds after the last call in which all reservations end: leases, and questions about jobs.
 SETTLE_SECONDS = 260.0
 # How fal ends a POST. A call whose response is lost is charged.
@@ -269,11 +274,23 @@ class LimitPlay:
                 group.create_task(self._client(random.uniform(0, spread)))
             for _ in range(random.choice((0, 1, 1, len(self.processes) - 1))):
                 group.create_task(self._kill(random.uniform(0, spread + 1.0)))
-        await asyncio.sleep(SETTLE_SECONDS)
+        await self._settle()
         await self._check()
         for process in self._living():
             await process.limiter.__aexit__(None, None, None)
         return self.faults
+
+    async def _settle(self) -> None:
+        """Wait until all reservations have ended, and then for three more sweeps."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(SETTLE_SECONDS - 3 * SWEEP_INTERVAL):
+                while await self._has_reservations():
+                    await asyncio.sleep(SWEEP_INTERVAL)
+        await asyncio.sleep(3 * SWEEP_INTERVAL)
+
+    async def _has_reservations(self) -> bool:
+        _, places = await self.store.count(LIMITS)
+        return places.used > 0 or any(process.limiter.running for process in self._living())
 
     def _living(self) -> list[LimitedProcess]:
         return [process for process in self.processes if process.is_alive]
@@ -316,10 +333,7 @@ class LimitPlay:
     # The rules
 
     async def _check(self) -> None:
-        subject = "principal:web"
-        budget, places = await self.store.count(
-            [Limit("budget", subject, BUDGET, LONG), Limit("concurrency", subject, CONCURRENCY)]
-        )
+        budget, places = await self.store.count(LIMITS)
         if self.fal.committed_max > BUDGET:
             self.faults.append(f"{self.fal.committed_max} were committed of {BUDGET}")
         charged = self.fal.committed

@@ -27,6 +27,7 @@ from tests.support.key_search import CANARY
 from tests.support.paths import CHROMIUM
 from tests.support.settings import make_settings
 
+BOTH = ("light", "dark")
 KONTEXT = "fal-ai/flux-pro/kontext"
 
 
@@ -79,19 +80,24 @@ class Visitor:
         code = "([selector]) => document.querySelector(selector).innerText === ''"
         await self.wait_until(code, [selector])
 
+    async def choose_model(self, endpoint: str, tab: int = 0) -> None:
+        """Choose a model, and wait for its form."""
+        await self.act("chooseModel", endpoint=endpoint, tab=tab)
+
     async def submit_job(
         self, prompt: str, model: str | None = None, image: Path | None = None
     ) -> None:
         """Fill in the form and submit it."""
         if model is not None:
-            await self.act("select", label="Model", option=model)
-            await self.wait_for_text("#model option:checked", "")
+            await self.choose_model(model)
+        elif image is not None:
+            await self.choose_model(KONTEXT)
         if image is not None:
             await self.wait_for("#image-inputs input[type=file]", state="attached")
             await self.act("setFiles", paths=[str(image)])
             await self.wait_for(".chosen-images li")
         await self.act("fill", label="Prompt", text=prompt)
-        await self.click("Create image")
+        await self.act("click", selector="#submit")
 
     async def wait_for_results(self, count: int, **options: object) -> None:
         """Wait until the history has this number of results."""
@@ -101,9 +107,9 @@ class Visitor:
     async def check_appearance(self, name: str) -> None:
         """Check the page with axe-core, light and dark, wide and narrow, and take screenshots if
         there is a directory for them."""
-        for width in (1440, 360):
+        for width, schemes in ((1440, BOTH), (768, BOTH[:1]), (360, BOTH)):
             await self.act("resize", width=width)
-            for scheme in ("light", "dark"):
+            for scheme in schemes:
                 await self.act("setColorScheme", colorScheme=scheme)
                 if self.artefacts is not None:
                     path = self.artefacts / f"page-{name}-{scheme}-{width}.png"

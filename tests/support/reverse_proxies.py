@@ -23,14 +23,18 @@ http {{
     {servers}
 }}
 """
+SERVER = re.compile(r"^    server 127\.0\.0\.1:8080(.*);$", re.MULTILINE)
+HEALTH_INTERVAL = "health_interval 2s"
 
 
 def nginx_config(folder: Path, port: int, proxies: Sequence[int]) -> str:
     text = (ROOT / "deploy/nginx/falproxy.conf").read_text()
     text = re.sub(r"\n    ssl_certificate.*", "", text)
     text = text.replace("listen 443 ssl http2;", f"listen 127.0.0.1:{port};")
-    servers = "\n".join(f"    server 127.0.0.1:{proxy};" for proxy in proxies)
-    text = text.replace("    server 127.0.0.1:8080;", servers)
+    options = SERVER.search(text)
+    assert options is not None
+    servers = (f"    server 127.0.0.1:{proxy}{options[1]};" for proxy in proxies)
+    text = SERVER.sub("\n".join(servers), text)
     return NGINX.format(folder=folder, servers=text)
 
 
@@ -45,12 +49,14 @@ async def nginx(folder: Path, *proxies: int) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def caddy(folder: Path, *proxies: int) -> AsyncIterator[str]:
+async def caddy(folder: Path, *proxies: int, health_interval: str = "2s") -> AsyncIterator[str]:
     """Context: the origin of a Caddy in front of the proxies at these ports."""
     need(Path("caddy"))
     port, file = free_port(), folder / "Caddyfile"
     options = "{\n\tadmin off\n\tauto_https off\n}\n"
-    file.write_text(options + (ROOT / "deploy/caddy/Caddyfile").read_text())
+    text = (ROOT / "deploy/caddy/Caddyfile").read_text()
+    assert HEALTH_INTERVAL in text
+    file.write_text(options + text.replace(HEALTH_INTERVAL, f"health_interval {health_interval}"))
     env = {
         "DOMAIN": f"http://127.0.0.1:{port}",
         "PROXIES": " ".join(f"127.0.0.1:{proxy}" for proxy in proxies),

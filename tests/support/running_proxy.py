@@ -15,6 +15,7 @@ from falproxy.media.fetch import FETCHER
 from falproxy.sandbox import Sandbox
 from falproxy.sandbox import create_app as create_sandbox
 from falproxy.web.openapi import PATH
+from tests.support.empty_ledger import with_empty_ledger
 from tests.support.key_search import CANARY
 from tests.support.settings import make_settings
 
@@ -53,7 +54,7 @@ async def open_running_proxy(
             "rehost": "disk",
             "allowed_hosts": ("*",),
         }
-        proxy_settings = make_settings(**(defaults | settings))
+        proxy_settings = with_empty_ledger(make_settings(**(defaults | settings)))
         app = web.Application(handler_args=HANDLER_ARGS)
         if prefix:
             falproxy.setup(app, proxy_settings, prefix=prefix)

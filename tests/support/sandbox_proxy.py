@@ -22,7 +22,7 @@ from falproxy.sandbox import create_app as create_sandbox
 from falproxy.sandbox.state import SeenRequest
 from falproxy.stores.ledger import CallRecord, UsageQuery
 from falproxy.stores.ledger.writer import LEDGER_WRITER
-from tests.support.empty_ledger import add_empty_ledger
+from tests.support.empty_ledger import with_empty_ledger
 from tests.support.key_search import CANARY, leak_trace
 from tests.support.offline_fal import png
 from tests.support.settings import make_settings
@@ -181,9 +181,7 @@ async def open_sandbox_proxy(
             "upstream_origin": fal_origin,
             "data_dir": data_dir,
         }
-        made = make_settings(**(defaults | settings))
-        if made.ledger.database_url is None:
-            add_empty_ledger(made.data_dir)
+        made = with_empty_ledger(make_settings(**(defaults | settings)))
         app = create_app(made, authenticate=authenticate)
         async with TestServer(app) as proxy_server:
             origin = f"http://127.0.0.1:{proxy_server.port}"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 from aiohttp.pytest_plugin import AiohttpClient
+from yarl import URL
 
 import falproxy
 from falproxy.app import HANDLER_ARGS
@@ -165,6 +166,54 @@ async def test_existing_routes_of_the_application_are_kept(aiohttp_client: Aioht
     client = await aiohttp_client(app)
     for path in ("/", "/dashboard", "/web/app.js"):
         assert await (await client.get(path)).text() == "own"
+
+
+BROWSER = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+
+
+@pytest.mark.parametrize(
+    ("path", "root"),
+    [
+        pytest.param("/nothing", "./", id="beside the page"),
+        pytest.param("/not/at/all", "../../", id="deeper"),
+        pytest.param("/nothing/", "../", id="with a slash"),
+    ],
+)
+async def test_a_browser_gets_a_page_for_a_missing_path(
+    aiohttp_client: AiohttpClient, path: str, root: str
+) -> None:
+    client = await aiohttp_client(falproxy.create_app(settings()))
+    response = await client.get(path, headers=BROWSER)
+    text = await response.text()
+    assert (response.status, response.content_type) == (404, "text/html")
+    assert f'href="{root}web/base.css"' in text
+    assert "{root}" not in text
+    assert "unsafe" not in response.headers["Content-Security-Policy"]
+    stylesheet = response.url.join(URL(f"{root}web/base.css"))
+    assert (await client.get(stylesheet.path)).status == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "accept"),
+    [
+        pytest.param("GET", "*/*", id="fetch"),
+        pytest.param("GET", "application/json", id="a program"),
+        pytest.param("POST", BROWSER["Accept"], id="another method"),
+    ],
+)
+async def test_others_get_json_for_a_missing_path(
+    aiohttp_client: AiohttpClient, method: str, accept: str
+) -> None:
+    client = await aiohttp_client(falproxy.create_app(settings()))
+    response = await client.request(method, "/nothing", headers={"Accept": accept})
+    assert (response.status, (await response.json())["error"]["code"]) == (404, "not_found")
+
+
+@pytest.mark.parametrize("name", ["dashboard", "docs"])
+async def test_a_final_slash_is_redirected(aiohttp_client: AiohttpClient, name: str) -> None:
+    client = await aiohttp_client(falproxy.create_app(settings()))
+    response = await client.get(f"/{name}/", headers=BROWSER)
+    assert (response.status, response.url.path) == (200, f"/{name}")
 
 
 def test_all_files_are_in_the_package(root: Path) -> None:

@@ -110,17 +110,22 @@ class Connection(TimeoutProtocol):
 
     read_timeout: seconds without a byte from the peer while a response is expected.
     release: called with the connection when it can serve the next request.
+    on_lost: called with the connection when it has ended.
     """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, read_timeout: float, release: ReleaseCallback
+        self,
+        loop: asyncio.AbstractEventLoop,
+        read_timeout: float,
+        release: ReleaseCallback,
+        on_lost: ReleaseCallback | None = None,
     ) -> None:
         super().__init__(loop, read_timeout)
         self.transport: asyncio.Transport | None = None
         self._can_write = asyncio.Event()
         self._can_write.set()
         self._parser = ResponseParser(self)
-        self._release = release
+        self._release, self._on_lost = release, on_lost
         self._method: str | None = None  # of the running exchange
         self._waiter: ResponseWaiter | None = None
         self._pending: tuple[ResponseWaiter, PooledResponse] | None = None
@@ -400,6 +405,8 @@ class Connection(TimeoutProtocol):
         finally:
             self.transport = None
             self._parser.close()
+            if self._on_lost is not None:
+                self._on_lost(self)
 
     def fail(self, error: Exception) -> None:
         """End the exchange with an error, unless it is complete, and close the connection."""

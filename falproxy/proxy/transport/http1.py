@@ -121,8 +121,10 @@ class ResponseParser:
             body.feed_eof()
 
     def close(self) -> None:
-        """Drop the references that form a cycle with the connection."""
+        """Drop the references that form a cycle with the connection: those to the parser, to the
+        connection and to the body of its last response."""
         del self._parser, self._flow
+        self._responses, self._head, self._body = [], None, None
 
     def on_message_begin(self) -> None:
         self._is_between_responses = False

@@ -127,6 +127,13 @@ class Pool:
         else:
             connection.close()
 
+    def _forget(self, origin: Origin, connection: Connection) -> None:
+        """Drop a connection that has ended while it was idle. After a peak there may be hundreds,
+        each of which would keep a piece of memory from being returned to the system."""
+        idle = self._idle.get(origin, [])
+        if connection in idle:
+            idle.remove(connection)
+
     def _drop_unused_origins(self) -> None:
         """Free the lists of origins without a connection: clients may name any number of hosts."""
         if len(self._idle) >= ORIGINS_MAX:
@@ -166,10 +173,10 @@ class Pool:
             addresses, happy_eyeballs_delay=HAPPY_EYEBALLS_DELAY, interleave=1, loop=loop
         )
         connected.setsockopt(SOL_SOCKET, SO_KEEPALIVE, 1)
-        release = partial(self._release, origin)
+        release, forget = partial(self._release, origin), partial(self._forget, origin)
         transport, protocol = await loop.create_connection(
             lambda: SharedBufferProtocol(
-                Connection(loop, self._read_timeout, release), self._buffer
+                Connection(loop, self._read_timeout, release, forget), self._buffer
             ),
             sock=connected,
             ssl=self._get_ssl_context() if origin.is_tls else None,

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Coroutine
 from typing import Self, TypeVar
 
-from falproxy.concurrency import cancel_tasks, close_within
+from falproxy.concurrency import cancel_tasks, close_within, wait_while_responsive
 from falproxy.state_log import StateLog
 from falproxy.stores.cache import CacheStore, RejectedResultError, StoreContent, StoreError
 
@@ -16,10 +16,12 @@ T = TypeVar("T")
 # Seconds for one operation. Long, because a reply may be late because this process is busy, and a
 # call must not be paid for twice because of that.
 CALL_TIMEOUT = 1.0
+TIMER_INTERVAL = 0.05  # seconds between two looks at the time of operations
 # Seconds after which the reply to a probe is slow, and the number of slow probes in a row that trip
 # the breaker.
 SLOW_SECONDS = 0.05
 SLOW_PROBES_TO_TRIP = 3
+PROBE_PARTS = 100  # a reply takes a few turns of a busy event loop, which must not count as slow
 PROBE_INTERVAL = 0.25  # seconds
 # Seconds after a recovery, or a loss of the content, in which each process notices it and writes
 # the entries that it has in memory.
@@ -51,6 +53,10 @@ class StoreBreaker:
         self._trip_future: asyncio.Future[None] | None = None  # done when the breaker opens
         self._tasks: set[asyncio.Task[object]] = set()
         self._monitor_task: asyncio.Task[None] | None = None
+        # Operations by age, with their deadlines by a clock that runs while there are any.
+        self._deadlines: dict[asyncio.Task[object], float] = {}
+        self._responsive_seconds = 0.0
+        self._timer: asyncio.TimerHandle | None = None
 
     def __repr__(self) -> str:
         state = "open" if self._is_open else "closed"
@@ -89,6 +95,8 @@ class StoreBreaker:
         return self
 
     async def __aexit__(self, *error: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         tasks = [task for task in (self._monitor_task, *self._tasks) if task is not None]
         await cancel_tasks(tasks)
         await close_within(
@@ -105,17 +113,17 @@ class StoreBreaker:
         if self._is_open:
             operation.close()
             raise StoreError("the store is being skipped")
-        task, first = self._start_task(operation), asyncio.FIRST_COMPLETED
+        task = self._start_task(operation)
+        self._deadlines[task] = self._responsive_seconds + CALL_TIMEOUT
+        if self._timer is None:
+            self._start_timer()
         try:
-            await asyncio.wait((task, self._tripped()), timeout=CALL_TIMEOUT, return_when=first)
-            if not task.done() and not self._is_open:
-                # This process may have been busy: read a reply that has arrived meanwhile.
-                await asyncio.wait((task,), timeout=SLOW_SECONDS)
+            await asyncio.wait((task, self._tripped()), return_when=asyncio.FIRST_COMPLETED)
         finally:
+            del self._deadlines[task]
             if not (is_done := task.done()):
                 task.cancel()
         if not is_done:
-            self._trip(TimeoutError())
             raise StoreError("the store did not respond in time")
         try:
             return task.result()
@@ -128,6 +136,22 @@ class StoreBreaker:
             logger.exception("The result cache failed inside the proxy")
             self._trip(error)
             raise StoreError("the store failed") from error
+
+    def _start_timer(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(TIMER_INTERVAL, self._check_deadlines, loop.time())
+
+    def _check_deadlines(self, started_at: float) -> None:
+        """Open the breaker if the oldest operation takes too long. All have the same timeout. Of a
+        busy event loop, which needs several turns to read a reply, each turn counts once."""
+        self._timer = None
+        elapsed = asyncio.get_running_loop().time() - started_at
+        self._responsive_seconds += min(elapsed, TIMER_INTERVAL)
+        deadline = next((at for task, at in self._deadlines.items() if not task.done()), None)
+        if deadline is not None and self._responsive_seconds >= deadline:
+            self._trip(TimeoutError())
+        elif deadline is not None:
+            self._start_timer()
 
     def _tripped(self) -> asyncio.Future[None]:
         if self._trip_future is None:
@@ -163,18 +187,20 @@ class StoreBreaker:
     async def _probe(self) -> None:
         """Probe once; the time that the event loop was busy does not count as the store's."""
         loop = asyncio.get_running_loop()
-        started_at = loop.time()
-        lag = loop.create_task(event_loop_lag())
+        probe = loop.create_task(self.store.probe())
         try:
-            async with asyncio.timeout(CALL_TIMEOUT):
-                content = await self.store.probe()
+            seconds = await wait_while_responsive((probe,), CALL_TIMEOUT, PROBE_PARTS)
+            if not probe.done():
+                self._trip(TimeoutError())
+                return
+            content = probe.result()
         except Exception as error:
-            lag.cancel()
             if not isinstance(error, StoreError | TimeoutError):
                 logger.exception("The result cache failed inside the proxy")
             self._trip(error)
             return
-        seconds = loop.time() - started_at - await lag
+        finally:
+            probe.cancel()
         self._slow_probes = self._slow_probes + 1 if seconds > SLOW_SECONDS else 0
         if self._slow_probes >= SLOW_PROBES_TO_TRIP:
             self._trip(TimeoutError())
@@ -206,11 +232,3 @@ class StoreBreaker:
 
 def reason(error: Exception) -> str:
     return "it is too slow" if isinstance(error, TimeoutError) else str(error)
-
-
-async def event_loop_lag() -> float:
-    """Return the seconds by which the event loop of this process is late."""
-    loop = asyncio.get_running_loop()
-    due_at = loop.time() + SLOW_SECONDS / 2
-    await asyncio.sleep(SLOW_SECONDS / 2)
-    return loop.time() - due_at

@@ -381,7 +381,8 @@ class RedisStore:
                         delay = RECONNECT_DELAY_MIN
                         self._on_message(message)
             except REDIS_ERRORS as error:
-                logger.info("Redis subscription lost (%s)", type(error).__name__)
+                if delay == RECONNECT_DELAY_MIN:  # once, until it works again
+                    logger.info("Redis subscription lost (%s)", type(error).__name__)
             await asyncio.sleep(delay)
             delay = min(2 * delay, RECONNECT_DELAY_MAX)
 

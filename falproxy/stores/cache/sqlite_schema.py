@@ -98,6 +98,7 @@ class CacheDatabase:
         self._file = file
         self._clock = clock
         self._executor = ThreadPoolExecutor(1, "cache")
+        self._has_thread = False  # the first operation starts it
         self._connection: sqlite3.Connection | None = None
         self._inode = 0
         self.open_count = 0
@@ -118,10 +119,12 @@ class CacheDatabase:
                     f"{self._file.name} in FALPROXY_DATA_DIR cannot be used: {error_reason(error)}"
                 ) from error
 
+        self._has_thread = True
         return asyncio.get_running_loop().run_in_executor(self._executor, attempt)
 
     async def close(self) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._executor, self._close)
+        if self._has_thread:
+            await asyncio.get_running_loop().run_in_executor(self._executor, self._close)
         self._executor.shutdown(wait=False)
 
     def __repr__(self) -> str:

@@ -18,14 +18,14 @@ from falproxy.stores.ledger.rows import Row
 from falproxy.stores.ledger.schema import Schema, SqlDialect
 from falproxy.stores.ledger.sql_ledger import SqlLedger
 from falproxy.stores.ledger.statements import LEDGER_SCHEMA
-from falproxy.stores.private_files import make_private_file
-from falproxy.stores.sqlite_open import error_reason, is_busy
+from falproxy.stores.sqlite_open import connect_file, error_reason, is_busy
 
 BUSY_TIMEOUT = 1.0  # seconds to wait for locks of other processes
 OPEN_RETRY_INTERVAL = 0.02  # seconds
 NOW = "CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)"
 PLACEHOLDER = re.compile(r"\$(\d+)")
 VALUES_PLACEHOLDERS = re.compile(r"(?<=VALUES )\([?, ]+\)")
+ITER_CHUNK_SIZE = 64  # aiosqlite's default
 # Rows of one INSERT. Their values stay below the parameter limit of every SQLite build.
 ROWS_PER_STATEMENT = 50
 NATURAL_ORDER = tuple(range(100))
@@ -97,12 +97,10 @@ class SqliteFactory:
     async def connect(self) -> SqliteConnection:
         with map_errors():
             try:
-                # SQLite gives its additional files the same mode.
-                await asyncio.to_thread(make_private_file, self._file)
+                file = await aiosqlite.Connection(self._connect, ITER_CHUNK_SIZE)
             except OSError as error:
                 reason = error_reason(error)
                 raise LedgerError(f"{self.display_name} cannot be used: {reason}") from error
-            file = await aiosqlite.connect(self._file, timeout=BUSY_TIMEOUT, isolation_level=None)
             connection = SqliteConnection(file, self._closing)
             try:
                 await run_open_script(file)
@@ -110,6 +108,10 @@ class SqliteFactory:
                 connection.terminate()
                 raise
             return connection
+
+    def _connect(self) -> sqlite3.Connection:
+        """Open the file. Runs in the thread of the connection."""
+        return connect_file(self._file, BUSY_TIMEOUT)
 
     async def wait_terminated(self) -> None:
         if self._closing:
@@ -122,7 +124,9 @@ def sqlite_ledger(file: Path) -> SqlLedger:
 
 def sqlite_database(file: Path, schema: Schema = LEDGER_SCHEMA) -> LedgerDatabase:
     # Its debug log has the values of every row: names of users and URLs of their images.
-    logging.getLogger("aiosqlite").setLevel(logging.INFO)
+    logger = logging.getLogger("aiosqlite")
+    if logger.level != logging.INFO:
+        logger.setLevel(logging.INFO)
     return LedgerDatabase(SqliteFactory(file), schema)
 
 

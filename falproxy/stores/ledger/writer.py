@@ -125,8 +125,10 @@ class LedgerWriter:
     async def _write_loop(self) -> None:
         while not self._closing.is_set() or self.pending_rows:
             await self._wait_for_batch()
+            if self._closing.is_set() and not self.pending_rows:
+                return
             try:
-                await self._write_batch()
+                await (self._write_batch() if self.pending_rows else self.ledger.probe())
             except LedgerError as error:
                 self._on_failure(error)
                 await wait_for_event(self._closing, RETRY_INTERVAL)
@@ -135,10 +137,16 @@ class LedgerWriter:
                 self._on_success()
 
     async def _wait_for_batch(self) -> None:
-        """Wait for the first row, and then until the batch is full or FLUSH_INTERVAL has passed."""
+        """Wait for the first row, and then until the batch is full or FLUSH_INTERVAL has passed.
+        While the ledger is unavailable, return without a row after RETRY_INTERVAL."""
         if self._batch:
             return
-        await self._has_rows.wait()
+        if self.is_down:
+            await wait_for_event(self._has_rows, RETRY_INTERVAL)
+        else:
+            await self._has_rows.wait()
+        if not self.pending_rows:
+            return
         await wait_for_event(self._batch_full, FLUSH_INTERVAL)
 
     async def _write_batch(self) -> None:
@@ -177,7 +185,8 @@ class LedgerWriter:
                 if self._jobs_retention is not None:
                     await self.ledger.delete_jobs_before(time.time() - self._jobs_retention)
             except LedgerError as error:
-                logger.info("Old ledger records were not deleted: %s", error)
+                if not self.is_down:
+                    logger.info("Old ledger records were not deleted: %s", error)
             await asyncio.sleep(RETENTION_INTERVAL)
 
     async def _sum_loop(self) -> None:

@@ -4,11 +4,13 @@ import { el } from "./dom.js";
 const HEADER = "x-falproxy-key";
 const STORAGE_KEY = "falproxy.key";
 let openDialog = null; // promise of the dialog: requests refused at the same time share one
+let keyInMemory = null; // used if storage is disabled
+let isDeclined = false; // the dialog was closed without a key: it is not shown again by itself
 
 /**
  * `fetch` a path of this proxy with the access key. After a 401, which means that the request had
  * no effect, a dialog asks for the key and the request is sent again. The 401 is returned if the
- * dialog is closed.
+ * dialog is closed, or was closed before.
  *
  * @param {string} path relative to the page, such as `api/fal/proxy`
  * @param {RequestInit} [init] its body must not be a stream, because it may be sent twice
@@ -22,11 +24,15 @@ export async function fetchFromProxy(path, init = {}) {
       return response;
     }
     const storedKey = getAccessKey();
+    const wasRejected = key !== null;
+    if (wasRejected && storedKey === key) {
+      clearAccessKey();
+    }
     // Another request may have opened the dialog in the meantime.
     const nextKey =
       storedKey !== key && storedKey !== null
         ? storedKey
-        : await promptForAccessKey(key !== null, init.signal);
+        : await promptUnlessDeclined(wasRejected, init.signal);
     if (nextKey === null) {
       return response;
     }
@@ -34,11 +40,29 @@ export async function fetchFromProxy(path, init = {}) {
   }
 }
 
+async function promptUnlessDeclined(wasRejected, signal) {
+  if (isDeclined && !wasRejected && openDialog === null) {
+    return null;
+  }
+  return promptForAccessKey(wasRejected, signal);
+}
+
+/** Show the dialog with the next refused request, although it was closed before. */
+export function allowPrompt() {
+  isDeclined = false;
+}
+
+/** Ask for the access key because the user wants to enter it. */
+export function enterAccessKey() {
+  return promptForAccessKey(false);
+}
+
 export function getAccessKey() {
   return readKey(() => sessionStorage) ?? readKey(() => localStorage);
 }
 
 export function clearAccessKey() {
+  keyInMemory = null;
   for (const getStorage of [() => sessionStorage, () => localStorage]) {
     try {
       getStorage().removeItem(STORAGE_KEY);
@@ -113,6 +137,7 @@ function showDialog(wasRejected, signal) {
       signal?.removeEventListener("abort", close);
       const key = dialog.returnValue === "submit" ? input.value.trim() : "";
       dialog.remove();
+      isDeclined = key === "";
       if (key) {
         storeKey(key, remember.checked);
       }
@@ -120,8 +145,6 @@ function showDialog(wasRejected, signal) {
     });
   });
 }
-
-let keyInMemory = null; // used if storage is disabled
 
 function storeKey(key, isOnDevice) {
   keyInMemory = key;

@@ -1,52 +1,98 @@
 /** Entry point of the page: creates its parts and connects them. */
+import { allowPrompt } from "./access_key.js";
+import { estimateUsd } from "./costs.js";
 import { byId, el, randomId, safeUrl } from "./dom.js";
+import { showExamples } from "./examples.js";
+import { renderHeader } from "./header.js";
 import { JobHistory } from "./history.js";
+import { copyText, imageAsInput } from "./image_actions.js";
 import { createBeforeImage } from "./image_files.js";
-import { resolveImageUrl } from "./image_upload.js";
-import { JobCards, announce } from "./job_cards.js";
+import { resolveImageInputs } from "./image_upload.js";
 import { JobForm } from "./job_form.js";
+import { JobRows, announce } from "./job_rows.js";
 import { JobRunner } from "./job_runner.js";
 import { openJobStore } from "./job_store.js";
 import { Jobs, isRunning } from "./jobs.js";
-import { loadModels } from "./models.js";
+import { startMenus } from "./menus.js";
+import { isEndpointId, loadModels } from "./models.js";
 import { loadProxyInfo, proxyInfo, startStatusChips } from "./proxy_status.js";
+import { onlyOnce } from "./repeat_filter.js";
 import { ResultView } from "./result_view.js";
+import { parseFragment, shareLink } from "./share_link.js";
+import { closeSheet, openSheet, startSheet } from "./sheet.js";
+import { readStored, writeStored } from "./stored_values.js";
 import { hasTabLocks } from "./tab_coordination.js";
+import { showToast } from "./toast.js";
 
-const KONTEXT = "fal-ai/flux-pro/kontext";
+const DOUBLE_CLICK_TIME = 500; // ms
 const ownJobs = new Set(); // ids of jobs that this tab runs, or waits to take over
 
+renderHeader("page");
 startStatusChips();
+startMenus();
+startSheet();
+window.addEventListener("unhandledrejection", (event) => {
+  if (event.reason instanceof TypeError && /import/i.test(event.reason.message)) {
+    event.preventDefault();
+    showToast("This part of the page could not be loaded: the proxy does not respond.");
+  }
+});
 const form = new JobForm((request) => startJob(request));
 const [store] = await Promise.all([openJobStore(), loadProxyInfo()]);
 const jobs = new Jobs(store);
 const runner = new JobRunner(jobs);
-const reuse = { onReuse: (job) => form.fill(job) };
-const resultView = new ResultView({ ...reuse, onInput: (image) => form.addImage(image) });
-const cards = new JobCards(jobs, {
-  ...reuse,
-  onCancel: (job) => runner.cancel(job),
-  onShow: (job) => showResult(job, true),
+const resultView = new ResultView({
+  onReuse: reuse,
+  onVariation: (job) => rerun(job, { seed: job.seed === null ? undefined : randomSeed() }),
+  onLockSeed: lockSeed,
+  onInput: async (job, index) => {
+    const image = await imageAsInput(job, index);
+    await form.setTask("edit");
+    await form.images.setValues([]);
+    await form.addImage(image);
+  },
+  onCompare: async (job, index) => {
+    const { openCompareDialog } = await import("./compare_dialog.js");
+    openCompareDialog(job, index, jobs.list());
+  },
+  onCode: openCode,
+  onShare: (job) => share({ ...job, options: withSeed(job) }),
 });
-const history = new JobHistory(jobs, { onShow: (job) => showResult(job, true) });
+new JobRows(jobs, {
+  onReuse: reuse,
+  // The row vanishes: the second click of a double click meets the next one.
+  onRetry: onlyOnce((job) => {
+    jobs.remove([job.id]);
+    rerun(job, {});
+  }, DOUBLE_CLICK_TIME),
+  onCancel: (job) => runner.cancel(job),
+});
+const history = new JobHistory(jobs, {
+  onShow: (job) => {
+    showResult(job);
+    byId("result-view").scrollIntoView({ block: "nearest" });
+  },
+});
 
-function showResult(job, isRequested) {
+function showResult(job) {
   resultView.showJob(job);
   history.markCurrent(job.id);
-  if (isRequested) {
-    byId("result-view").scrollIntoView({ block: "nearest" });
-  }
 }
 
 jobs.addEventListener("change", ({ detail: { job } }) => {
   if (job.state === "done" && ownJobs.delete(job.id)) {
     const count = job.images.length;
     form.allowRepeat();
-    announce(`Done: ${count === 1 ? "one image" : `${count} images`}. ${job.prompt}`);
-    showResult(job, false);
+    announce(`Done: ${count === 1 ? "one result" : `${count} results`}. ${job.prompt}`);
+    showResult(job);
   } else if (isRunning(job) && !ownJobs.has(job.id) && hasTabLocks) {
     ownJobs.add(job.id); // of another tab: this one takes over when that is closed
     runner.resume(job);
+  }
+  if (isRunning(job) && resultView.isEmpty) {
+    resultView.showProgress(job);
+  } else if (!isRunning(job)) {
+    resultView.endProgress(job);
   }
 });
 jobs.addEventListener("remove", ({ detail: { ids } }) => {
@@ -64,7 +110,8 @@ function showWarning(warning) {
 }
 
 /** @param {import("./job_form.js").JobRequest} request */
-async function startJob({ model, prompt, options, imageInputs }) {
+async function startJob({ model, prompt, promptName, options, imageInputs }) {
+  allowPrompt();
   const images = imageInputs.flatMap((input) => input.images);
   const first = images[0];
   const job = {
@@ -73,12 +120,16 @@ async function startJob({ model, prompt, options, imageInputs }) {
     created: Date.now(),
     ended: null,
     endpoint: model.endpoint,
-    model: model.name,
+    model: model.title,
+    task: model.task,
     price: model.price,
     unit: model.unit,
+    estimate: estimateUsd(model, { prompt, options }),
     prompt,
+    promptName,
     options,
     inputs: images.length,
+    imageInputs,
     before: first && "url" in first ? safeUrl(first.url) : null,
     requestId: null,
     position: null,
@@ -92,57 +143,130 @@ async function startJob({ model, prompt, options, imageInputs }) {
     warning: null,
   };
   ownJobs.add(job.id);
-  cards.removeFinished();
-  const isNarrow = window.matchMedia("(max-width: 999px)").matches;
+  closeSheet();
   const running = runner.start(job, async (signal) => {
     const before = first && "file" in first ? await createBeforeImage(first.file) : job.before;
     await jobs.saveChanges(job, { before });
-    return {
-      ...(prompt && { prompt }),
-      ...options,
-      ...Object.fromEntries(await resolveImageInputs(imageInputs, signal)),
-    };
+    const onProgress = (uploaded) => jobs.showChanges(job, { uploaded });
+    const { input, stored } = await resolveImageInputs(imageInputs, signal, onProgress);
+    await jobs.saveChanges(job, { imageInputs: stored, uploaded: undefined });
+    return { ...(prompt && { [promptName]: prompt }), ...options, ...input };
   });
   await jobs.saveChanges(job, {});
-  if (isNarrow) {
+  if (window.matchMedia("(max-width: 999px)").matches) {
     byId("results").scrollIntoView();
   }
   await running;
 }
 
-async function resolveImageInputs(imageInputs, signal) {
-  const filled = imageInputs.filter(({ images }) => images.length > 0);
-  return Promise.all(
-    filled.map(async ({ name, isMany, images }) => {
-      const urls = await Promise.all(images.map((image) => resolveImageUrl(image, signal)));
-      return [name, isMany ? urls : urls[0]];
-    }),
+/** Run the inputs of a job again. @param {object} options those that change; undefined removes one */
+async function rerun(job, options) {
+  const stored = job.imageInputs.flatMap(({ images }) => images).length;
+  if (stored < job.inputs) {
+    await reuse(job);
+    showToast("The images of this job are not stored any more: choose them again, then run it.");
+    return;
+  }
+  const { endpoint, model, price, unit, prompt, promptName, imageInputs } = job;
+  const merged = Object.entries({ ...job.options, ...options }).filter(
+    ([, value]) => value !== undefined,
+  );
+  startJob({
+    model: form.findModel({ endpoint, title: model, price, unit }),
+    prompt,
+    promptName,
+    options: Object.fromEntries(merged),
+    imageInputs,
+  });
+}
+
+/** Otherwise the result cache could return the same result. */
+const randomSeed = () => Math.floor(Math.random() * 2 ** 31);
+
+const withSeed = ({ options, seed }) => (seed === null ? options : { ...options, seed });
+
+async function reuse(job) {
+  await form.fill({ ...job, options: withSeed(job) });
+  openSheet();
+  byId("prompt").focus();
+}
+
+async function lockSeed(job) {
+  const hasSeed = form.setOption("seed", job.seed);
+  showToast(hasSeed ? `Seed ${job.seed} is locked for the next runs.` : "This model has no seed.");
+}
+
+async function openCode(settings) {
+  const { openCodeDialog } = await import("./code_dialog.js");
+  openCodeDialog(settings);
+}
+
+async function share(settings) {
+  const isCopied = await copyText(shareLink(settings));
+  const hasImages = settings.imageInputs?.some(({ images }) => images.length > 0);
+  const suffix = hasImages ? " It does not contain the images." : "";
+  showToast(
+    isCopied
+      ? `The link is in the clipboard.${suffix}`
+      : "The browser does not allow the page to use the clipboard.",
   );
 }
 
-// Submitted in the sandbox only: elsewhere it costs money.
-byId("try-example").addEventListener("click", async ({ currentTarget }) => {
-  currentTarget.disabled = true; // a double click is one action
-  setTimeout(() => (currentTarget.disabled = false), 1000);
-  const { EXAMPLE_PROMPT, createExampleImage } = await import("./example_image.js");
-  await form.fill({ endpoint: KONTEXT, prompt: EXAMPLE_PROMPT, options: {} });
-  await form.addImage({ file: await createExampleImage() });
-  if (proxyInfo.isSandbox) {
-    form.submit();
-  }
-});
-if (proxyInfo.isSandbox) {
-  byId("welcome-text").textContent =
-    "This is the sandbox: an offline emulator of fal that draws images on this machine. " +
-    "Nothing is sent to fal and nothing is charged.";
-  byId("try-example").textContent = "Create a first image";
-  byId("try-example").classList.add("primary");
+function currentSettings() {
+  const { model, ...request } = form.request;
+  return { ...request, endpoint: model.endpoint, task: model.task };
 }
 
+byId("copy-form-code").addEventListener("click", () => openCode(currentSettings()));
+byId("share-form").addEventListener("click", () => share(currentSettings()));
+form.addEventListener("invalid", openSheet);
+form.addEventListener("change", () => {
+  const { endpoint, task, prompt, options } = currentSettings();
+  writeStored("form", { endpoint, task, prompt, options });
+  showExamples(form);
+});
+
+/** Fill the form from a link; true if the fragment is one. */
+async function applyFragment() {
+  const settings = parseFragment(location.hash);
+  if (settings === null) {
+    return false;
+  }
+  const { task, endpoint, prompt, options } = settings;
+  if (endpoint !== null && isEndpointId(endpoint)) {
+    await form.fill({ endpoint, prompt, options });
+  } else if (form.tasks.includes(task)) {
+    await form.setTask(task);
+  } else {
+    return false;
+  }
+  // The fragment is used once: a reload keeps what was changed since.
+  window.history.replaceState(null, "", `${location.pathname}${location.search}`);
+  return true;
+}
+
+async function fillAtStart() {
+  const stored = readStored("form");
+  if (typeof stored?.endpoint === "string" && isEndpointId(stored.endpoint)) {
+    await form.fill({
+      ...stored,
+      prompt: String(stored.prompt ?? ""),
+      options: stored.options ?? {},
+    });
+  } else {
+    await form.setTask(form.tasks.includes("create") ? "create" : form.tasks[0]);
+  }
+}
+
+if (proxyInfo.isSandbox) {
+  byId("welcome-text").textContent =
+    "Write a prompt, or start from an example. This is the sandbox: results are drawn on this " +
+    "machine, nothing is charged.";
+}
 const runningJobs = await jobs.load();
 const newest = jobs.list().find(({ state, images }) => state === "done" && images.length > 0);
 if (newest !== undefined && runningJobs.length === 0) {
-  showResult(newest, false);
+  showResult(newest);
 }
 for (const job of runningJobs) {
   if (!ownJobs.has(job.id)) {
@@ -150,5 +274,9 @@ for (const job of runningJobs) {
     runner.resume(job);
   }
 }
-await form.setModels(await loadModels());
+form.setModels(await loadModels());
+if (!(await applyFragment())) {
+  await fillAtStart();
+}
+window.addEventListener("hashchange", applyFragment);
 document.documentElement.dataset.ready = "yes";

@@ -1,22 +1,21 @@
 /** Controls for options with several values: the image size in pixels, and LoRA styles. */
 import { el, randomId } from "./dom.js";
-import { choiceLabel, createField, inputLabel, rangeHint, showFieldProblem } from "./field.js";
+import { choiceLabel, inputLabel, rangeHint } from "./field.js";
 import { icon } from "./icons.js";
+import { shapeRadios } from "./special_controls.js";
 
 const CUSTOM = "custom";
 
 /** A preset, or a width and a height. @returns {import("./option_controls.js").Control} */
 export function imageSizeControl(field, id) {
-  const options = [
+  const automatic = field.choices.includes(field.preset) ? [] : [["", "Auto"]];
+  const choices = [
+    ...automatic,
     ...field.choices.map((value) => [value, choiceLabel(value)]),
     [CUSTOM, "Custom size"],
   ];
-  const automatic = field.choices.includes(field.preset) ? [] : [["", "Automatic"]];
-  const select = el(
-    "select",
-    { id },
-    ...[...automatic, ...options].map(([value, label]) => el("option", { value }, label)),
-  );
+  const renderCustom = () => (customSize.hidden = radios.value !== CUSTOM);
+  const radios = shapeRadios(id, inputLabel(field.name), choices, renderCustom);
   const sideInputs = ["Width", "Height"].map((label) =>
     el("input", {
       type: "number",
@@ -27,40 +26,32 @@ export function imageSizeControl(field, id) {
       "aria-label": `${label} in pixels`,
     }),
   );
-  const customSize = el(
-    "div",
-    { className: "custom-size", hidden: true },
-    sideInputs[0],
-    "×",
-    sideInputs[1],
-  );
-  const element = createField(field, id, select);
-  select.after(customSize);
-  select.onchange = () => (customSize.hidden = select.value !== CUSTOM);
+  const customSize = el("div", { className: "custom-size" }, sideInputs[0], "×", sideInputs[1]);
+  const problem = el("p", { className: "problem" });
+  const label = el("span", { className: "label", "aria-hidden": "true" }, inputLabel(field.name));
+  const element = el("div", { className: "field wide" }, label, radios.group, customSize, problem);
   const set = (value) => {
     const isCustom = typeof value === "object" && value !== null;
-    select.value = isCustom ? CUSTOM : (value ?? (automatic.length > 0 ? "" : field.preset));
+    radios.value = isCustom ? CUSTOM : (value ?? (automatic.length > 0 ? "" : field.preset));
     sideInputs.forEach(
       (input, index) => (input.value = (isCustom && [value.width, value.height][index]) || 1024),
     );
-    select.onchange();
+    renderCustom();
   };
   set(field.preset);
   const validate = () => {
     const isInvalid =
       !customSize.hidden &&
       !sideInputs.every((input) => input.value !== "" && input.validity.valid);
-    return showFieldProblem(
-      element,
-      select,
-      isInvalid ? `Enter whole numbers of pixels. ${rangeHint(field)}` : "",
-    );
+    problem.textContent = isInvalid ? `Enter whole numbers of pixels. ${rangeHint(field)}` : "";
+    sideInputs.forEach((input) => input.setAttribute("aria-invalid", String(isInvalid)));
+    return problem.textContent;
   };
   const value = () => {
-    if (select.value === CUSTOM) {
+    if (radios.value === CUSTOM) {
       return { width: Number(sideInputs[0].value), height: Number(sideInputs[1].value) };
     }
-    return select.value === "" || select.value === field.preset ? undefined : select.value;
+    return radios.value === "" || radios.value === field.preset ? undefined : radios.value;
   };
   return { element, set, validate, value };
 }

@@ -9,10 +9,7 @@ const BY_TYPE = {
     "Change the prompt, or try another image.",
   ],
   no_media_generated: ["The model generated no image", "Describe more clearly what to show."],
-  image_load_error: [
-    "The image could not be read",
-    "Try another one, or save it as JPEG or PNG first.",
-  ],
+  image_load_error: ["The image could not be read", "Use another image or URL."],
   unsupported_image_format: [
     "The model does not support this image format",
     "Save it as JPEG or PNG, and try again.",
@@ -31,23 +28,15 @@ const BY_TYPE = {
   upstream_unreachable: ["fal cannot be reached", "Nothing was charged. Try again in a minute."],
   request_timeout: ["fal took too long", "Try again in a few minutes."],
   startup_timeout: ["fal could not start a runner in time", "Try again in a few minutes."],
-  generation_timeout: [
-    "The model took too long",
-    "Try again, perhaps with fewer steps or images.",
-  ],
+  generation_timeout: ["The model took too long", "Try again, perhaps with fewer steps or images."],
   client_cancelled: ["Cancelled", "The job was stopped."],
 };
+const CAUSES = new Set(["image_load_error", "file_download_error"]); // errors whose message names the cause
 const BY_STATUS = {
   401: ["The proxy requires an access key", "Ask the operator of the proxy for one."],
-  402: [
-    "The budget for today is used up",
-    "Ask the operator of the proxy, or come back tomorrow.",
-  ],
-  403: [
-    "The proxy does not allow this",
-    "Choose another model, or ask the operator of the proxy.",
-  ],
-  404: ["fal did not find this", "The job may be too old, or the model may have been removed."],
+  402: ["The budget for today is used up", "Ask the operator of the proxy, or come back tomorrow."],
+  403: ["The proxy does not allow this", "Choose another model, or ask the operator of the proxy."],
+  404: ["fal did not find this", "The job may have expired, or there is no such model."],
   413: ["The request is too large", "Use smaller or fewer images."],
   422: ["The model does not accept this input", "Correct the input, and try again."],
   429: ["Too many requests at once", "Wait a moment, and try again."],
@@ -79,16 +68,22 @@ export function explainError(error) {
   const entries = Array.isArray(error.document?.detail) ? error.document.detail : [];
   const type = entries[0]?.type ?? error.document?.error_type ?? error.type;
   const status = BY_STATUS[error.status] ?? BY_STATUS[error.status >= 500 ? 500 : 422];
+  const detail = errorDetail(error, entries);
   const [title, action] =
     (typeof type === "string" && Object.hasOwn(BY_TYPE, type) && BY_TYPE[type]) || status;
   const fields = entries.map(fieldName).filter(Boolean);
   return {
     title,
-    action: retryAction(error) ?? action,
-    detail: errorDetail(error, entries),
+    action: retryAction(error) ?? causeOf(type, entries) ?? action,
+    detail,
     fields,
     status: error.status,
   };
+}
+
+/** Return what exactly is wrong with an image, which no general advice can, or null. */
+function causeOf(type, entries) {
+  return CAUSES.has(type) && messageText(entries[0]?.msg) ? messageText(entries[0].msg) : null;
 }
 
 /** Return when to retry after a 429 with `Retry-After`, or null. */

@@ -76,17 +76,30 @@ export async function fetchSchema(endpoint) {
  * @param {Blob} file
  * @param {string} name
  * @param {AbortSignal} signal
+ * @param {(sent: number) => void} onProgress receives the number of bytes that were sent
  * @returns {Promise<string>} rejects with a ResponseError 403 if the proxy does not allow uploads
  */
-export async function uploadFile(file, name, signal) {
+export async function uploadFile(file, name, signal, onProgress) {
   const body = JSON.stringify({ content_type: file.type, file_name: name });
   const { document } = await callFal(UPLOAD, { method: "POST", body, signal });
-  const headers = { "Content-Type": file.type };
-  const response = await fetch(document.upload_url, { method: "PUT", body: file, headers, signal });
-  if (!response.ok) {
-    throw new ResponseError(response, null);
-  }
+  await putFile(document.upload_url, file, signal, onProgress);
   return document.file_url;
+}
+
+/** PUT a file. Unlike `fetch`, XMLHttpRequest reports the progress. */
+function putFile(url, file, signal, onProgress) {
+  return new Promise((resolve, reject) => {
+    const request = new XMLHttpRequest();
+    request.open("PUT", url);
+    request.setRequestHeader("Content-Type", file.type);
+    request.upload.onprogress = ({ loaded }) => onProgress(loaded);
+    request.onload = () =>
+      request.status < 300 ? resolve() : reject(new NoResponseError(`status ${request.status}`));
+    request.onerror = () => reject(new NoResponseError("the upload failed"));
+    request.onabort = () => reject(signal.reason);
+    signal.addEventListener("abort", () => request.abort(), { once: true });
+    request.send(file);
+  });
 }
 
 function requestUrl(endpoint, requestId) {

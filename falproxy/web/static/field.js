@@ -40,20 +40,24 @@ export function choiceLabel(value) {
     ? value.charAt(0).toUpperCase() +
         value
           .slice(1)
+          .replace(/_hd$/, " HD")
           .replace(/_(\d+)_(\d+)$/, " $1:$2")
           .replaceAll("_", " ")
     : value;
 }
 
 const INPUT_LABELS = {
-  num_images: "Images",
+  num_images: "Number of images",
   image_url: "Image",
-  image_urls: "Images",
+  image_urls: "Input images",
   num_inference_steps: "Steps",
   guidance_scale: "Guidance",
   image_size: "Size",
+  cfg_scale: "Guidance",
   output_format: "Format",
   loras: "LoRA styles",
+  base_image_url: "Image whose face is replaced",
+  swap_image_url: "Image with the new face",
 };
 
 /** Return the label of a model input: `mask_url` is "Mask". */

@@ -1,11 +1,19 @@
-/** The history: thumbnails of finished jobs, to show, search and delete. */
+/** The history: thumbnails of finished jobs, to show, search, filter, delete, export and import. */
 import { byId, el } from "./dom.js";
 import { icon } from "./icons.js";
-import { announce } from "./job_cards.js";
+import { announce } from "./job_rows.js";
 import { defaultThumbnail } from "./media.js";
+import { showToast } from "./toast.js";
+
+const PAGE_SIZE = 48; // thumbnails that are shown at once
+const KINDS = { "": "All", image: "Images", video: "Video", audio: "Audio" };
 
 export class JobHistory {
-  #items = new Map(); // job id → see #createItem
+  #items = new Map(); // job id → {job, searchText, element?, ...}
+  #shownCount = PAGE_SIZE;
+  #kind = "";
+  #currentId = null;
+  #isScheduled = false;
 
   /**
    * @param {import("./jobs.js").Jobs} jobs
@@ -16,14 +24,23 @@ export class JobHistory {
     this.onShow = onShow;
     jobs.addEventListener("change", ({ detail }) => this.#updateJob(detail.job));
     jobs.addEventListener("remove", ({ detail }) => this.#removeItems(detail.ids));
-    byId("history-search").addEventListener("input", () => this.#applySearch());
+    byId("history-search").addEventListener("input", () => this.#restart());
+    byId("more-history").addEventListener("click", () => {
+      this.#shownCount += PAGE_SIZE;
+      this.#render();
+    });
+    byId("history-menu").querySelector("summary").append(icon("more"));
     byId("clear-history").addEventListener("click", () => this.#confirmClear());
-    this.#applySearch();
+    byId("export-history").addEventListener("click", () => this.#export());
+    byId("import-history").addEventListener("click", () => this.#import());
+    this.#renderKinds();
+    this.#render();
   }
 
   markCurrent(id) {
-    for (const [itemId, { openButton }] of this.#items) {
-      openButton.setAttribute("aria-pressed", String(itemId === id));
+    this.#currentId = id;
+    for (const { job, openButton } of this.#items.values()) {
+      openButton?.setAttribute("aria-pressed", String(job.id === id));
     }
   }
 
@@ -33,17 +50,87 @@ export class JobHistory {
     }
     const known = this.#items.get(job.id);
     if (known === undefined) {
-      const item = this.#createItem(job);
-      this.#items.set(job.id, item);
-      this.#insertByDate(item);
-      this.#applySearch();
-    } else if (job.thumb !== known.thumb) {
+      this.#items.set(job.id, { job, thumb: null, thumbUrl: null, searchText: searchTextOf(job) });
+      this.#schedule();
+    } else if (known.element && job.thumb !== known.thumb) {
       known.image.src = this.#thumbnailUrl(job, known);
     }
   }
 
-  #createItem(job) {
-    const item = { job, thumb: job.thumb, thumbUrl: null };
+  /** Render once after many changes. */
+  #schedule() {
+    if (!this.#isScheduled) {
+      this.#isScheduled = true;
+      queueMicrotask(() => {
+        this.#isScheduled = false;
+        this.#render();
+      });
+    }
+  }
+
+  #restart() {
+    this.#shownCount = PAGE_SIZE;
+    this.#render();
+  }
+
+  /** Show the newest items that match. Elements that are shown already are kept. */
+  #render() {
+    const words = byId("history-search").value.toLowerCase().split(/\s+/).filter(Boolean);
+    const matching = [...this.#items.values()]
+      .filter(({ job, searchText }) => {
+        const kind = job.images[0].kind ?? "image";
+        return (
+          (!this.#kind || kind === this.#kind) && words.every((word) => searchText.includes(word))
+        );
+      })
+      .sort((one, other) => other.job.created - one.job.created);
+    const shown = matching.slice(0, this.#shownCount);
+    const list = byId("thumbnails");
+    shown.forEach((item, position) => {
+      item.element ??= this.#createElement(item);
+      if (list.children[position] !== item.element) {
+        list.insertBefore(item.element, list.children[position] ?? null);
+      }
+    });
+    while (list.children.length > shown.length) {
+      list.lastChild.remove();
+    }
+    const total = this.#items.size;
+    const isFiltered = words.length > 0 || this.#kind !== "";
+    byId("history-count").textContent = isFiltered
+      ? `${matching.length} of ${total}`
+      : total > 0
+        ? String(total)
+        : "";
+    byId("more-history").hidden = matching.length <= shown.length;
+    for (const name of ["clear-history", "export-history"]) {
+      byId(name).hidden = total === 0;
+    }
+    byId("history-search").disabled = total === 0;
+    byId("history-kinds").hidden = total === 0;
+    byId("history-empty").hidden = matching.length > 0;
+    byId("history-empty").textContent =
+      total > 0 ? "No results match the search." : "Results are stored in this browser only.";
+  }
+
+  #renderKinds() {
+    byId("history-kinds").replaceChildren(
+      ...Object.entries(KINDS).map(([kind, label]) => {
+        const onclick = () => {
+          this.#kind = kind;
+          for (const button of byId("history-kinds").children) {
+            button.setAttribute("aria-pressed", String(button.value === kind));
+          }
+          this.#restart();
+        };
+        const props = { type: "button", className: "chip button-chip", value: kind, onclick };
+        return el("button", { ...props, "aria-pressed": String(kind === this.#kind) }, label);
+      }),
+    );
+  }
+
+  #createElement(item) {
+    const { job } = item;
     const name = job.prompt || job.model;
     item.image = el("img", {
       alt: "",
@@ -60,16 +147,15 @@ export class JobHistory {
         type: "button",
         className: "open-button",
         onclick: () => this.onShow(job),
-        "aria-pressed": "false",
+        "aria-pressed": String(job.id === this.#currentId),
+        title: `${name}\n${job.model}\n${dateOf(job)}`,
       },
       item.image,
-      el("span", { className: "small" }, name),
+      job.images.length > 1 &&
+        el("span", { className: "count-badge", "aria-hidden": "true" }, `${job.images.length}`),
+      el("span", { className: "small tile-name" }, name),
+      el("span", { className: "muted tile-fact" }, `${job.model} · ${shortDateOf(job)}`),
     );
-    const date = new Date(job.created).toLocaleString([], {
-      dateStyle: "medium",
-      timeStyle: "short",
-    });
-    item.openButton.title = `${name}\n${date}`;
     const deleteProps = {
       type: "button",
       className: "button square delete-button",
@@ -77,12 +163,7 @@ export class JobHistory {
       title: "Delete",
       onclick: () => this.#deleteJob(job),
     };
-    item.element = el("li", {}, item.openButton, el("button", deleteProps, icon("trash")));
-    const options = JSON.stringify(job.options);
-    item.searchText = [job.prompt, job.model, job.endpoint, job.seed, options, date]
-      .join(" ")
-      .toLowerCase();
-    return item;
+    return el("li", {}, item.openButton, el("button", deleteProps, icon("trash")));
   }
 
   #thumbnailUrl(job, item) {
@@ -98,40 +179,18 @@ export class JobHistory {
     return defaultThumbnail(job.images[0]);
   }
 
-  #insertByDate(item) {
-    const older = [...this.#items.values()].filter(
-      (other) => other !== item && other.job.created < item.job.created,
-    );
-    older.sort((one, other) => other.job.created - one.job.created);
-    byId("thumbnails").insertBefore(item.element, older[0]?.element ?? null);
-  }
-
-  #applySearch() {
-    const words = byId("history-search").value.toLowerCase().split(/\s+/).filter(Boolean);
-    let count = 0;
-    for (const item of this.#items.values()) {
-      item.element.hidden = !words.every((word) => item.searchText.includes(word));
-      count += item.element.hidden ? 0 : 1;
-    }
-    const total = this.#items.size;
-    byId("history-count").textContent =
-      words.length > 0 ? `${count} of ${total}` : total > 0 ? String(total) : "";
-    byId("clear-history").hidden = total === 0;
-    byId("history-search").disabled = total === 0;
-    const empty = byId("history-empty");
-    empty.hidden = count > 0;
-    empty.textContent =
-      total > 0 ? "No results match the search." : "Results are stored in this browser only.";
-  }
-
   async #deleteJob(job) {
     const { element } = this.#items.get(job.id);
     const neighbor = element.nextElementSibling ?? element.previousElementSibling;
-    const removed = this.jobs.remove([job.id]);
     // Otherwise the keyboard focus would be lost.
     (neighbor?.querySelector("button") ?? byId("prompt")).focus();
-    announce("Deleted from the history.");
-    await removed;
+    await this.#removeWithUndo([job], "Deleted from the history.");
+  }
+
+  async #removeWithUndo(removed, text) {
+    announce(text);
+    showToast(text, { label: "Undo", onclick: () => this.jobs.restore(removed) });
+    await this.jobs.remove(removed.map(({ id }) => id));
   }
 
   #removeItems(ids) {
@@ -140,10 +199,28 @@ export class JobHistory {
       if (item?.thumbUrl) {
         URL.revokeObjectURL(item.thumbUrl);
       }
-      item?.element.remove();
+      item?.element?.remove();
       this.#items.delete(id);
     }
-    this.#applySearch();
+    this.#render();
+  }
+
+  async #export() {
+    const { exportJobs } = await import("./history_file.js");
+    await exportJobs([...this.#items.values()].map(({ job }) => job));
+  }
+
+  async #import() {
+    const { chooseAndReadJobs } = await import("./history_file.js");
+    const { jobs, problem } = await chooseAndReadJobs();
+    if (problem) {
+      showToast(problem);
+      return;
+    }
+    const added = jobs.filter(({ id }) => this.jobs.get(id) === undefined);
+    await this.jobs.restore(added);
+    const others = added.length < jobs.length ? ": the others are here already" : "";
+    showToast(`Imported ${added.length} of ${jobs.length} results${others}.`);
   }
 
   #confirmClear() {
@@ -159,7 +236,7 @@ export class JobHistory {
         el(
           "p",
           { className: "muted" },
-          "The image files are not deleted, only their entries in this browser.",
+          "The files are not deleted, only their entries in this browser.",
         ),
         el(
           "div",
@@ -172,11 +249,35 @@ export class JobHistory {
     dialog.addEventListener("close", async () => {
       dialog.remove();
       if (dialog.returnValue === "delete") {
-        await this.jobs.remove([...this.#items.keys()]);
+        const removed = [...this.#items.values()].map(({ job }) => job);
+        await this.#removeWithUndo(
+          removed,
+          `Deleted ${count === 1 ? "one result" : `${count} results`}.`,
+        );
         byId("prompt").focus();
       }
     });
     document.body.append(dialog);
     dialog.showModal();
   }
+}
+
+function dateOf({ created }) {
+  return new Date(created).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
+}
+
+/** The time of a job of today, otherwise the day. */
+function shortDateOf({ created }) {
+  const date = new Date(created);
+  const isToday = date.toDateString() === new Date().toDateString();
+  return isToday
+    ? date.toLocaleTimeString([], { timeStyle: "short" })
+    : date.toLocaleDateString([], { day: "numeric", month: "short", year: "2-digit" });
+}
+
+function searchTextOf(job) {
+  const options = JSON.stringify(job.options);
+  return [job.prompt, job.model, job.endpoint, job.seed, options, dateOf(job)]
+    .join(" ")
+    .toLowerCase();
 }

@@ -32,6 +32,14 @@ export async function downloadImage(job, index) {
   setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
 }
 
+/** Download all files of a result, one after the other. @param {import("./jobs.js").Job} job */
+export async function downloadAll(job) {
+  for (const index of job.images.keys()) {
+    await downloadImage(job, index);
+    await new Promise((resolve) => setTimeout(resolve, 150)); // browsers drop downloads that come at once
+  }
+}
+
 /** Copy a text to the clipboard. @param {string} text @returns {Promise<boolean>} success */
 export async function copyText(text) {
   try {

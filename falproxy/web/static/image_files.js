@@ -56,6 +56,12 @@ export async function checkImageFile(file, formats) {
       `This file is not an image that models can read. They accept ${accepted}.`,
     );
   }
+  if (format === "heic" && !formats.includes(format)) {
+    const converted = await convertToJpeg(file);
+    if (converted !== null) {
+      return checkImageFile(converted, formats);
+    }
+  }
   if (!formats.includes(format)) {
     throw new InvalidImageError(
       `This is a ${FORMAT_NAMES[format]} image. Save it in one of these formats: ${accepted}.`,
@@ -78,6 +84,18 @@ export async function checkImageFile(file, formats) {
   const type = `image/${format}`;
   const checkedFile = new File([file], file.name || `image.${format}`, { type });
   return { file: checkedFile, format, ...size };
+}
+
+/** Return a JPEG of an image that the browser can decode, such as HEIC on Apple's systems, or null. */
+async function convertToJpeg(file) {
+  try {
+    const blob = await scaleDown(file, Infinity, "image/jpeg");
+    return new File([blob], (file.name || "image").replace(/\.\w+$/, ".jpg"), {
+      type: "image/jpeg",
+    });
+  } catch {
+    return null;
+  }
 }
 
 async function imageSize(file, format) {
@@ -131,7 +149,7 @@ export async function createBeforeImage(file) {
   }
 }
 
-async function scaleDown(blob, maxSide) {
+async function scaleDown(blob, maxSide, type = "image/webp") {
   const bitmap = await createImageBitmap(blob);
   const scale = Math.min(1, maxSide / Math.max(bitmap.width, bitmap.height));
   const canvas = document.createElement("canvas");
@@ -139,7 +157,7 @@ async function scaleDown(blob, maxSide) {
   canvas.height = Math.max(1, Math.round(bitmap.height * scale));
   canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
   bitmap.close();
-  return encodeCanvas(canvas, "image/webp");
+  return encodeCanvas(canvas, type);
 }
 
 /** @param {HTMLCanvasElement} canvas @param {string} type @returns {Promise<Blob>} */
@@ -148,4 +166,25 @@ export function encodeCanvas(canvas, type) {
     const onBlob = (blob) => (blob ? resolve(blob) : reject(new Error("encoding failed")));
     canvas.toBlob(onBlob, type, 0.85);
   });
+}
+
+/**
+ * Return the image in the clipboard, or a sentence for the user.
+ *
+ * @returns {Promise<{file?: Blob, problem?: string}>}
+ */
+export async function readImageFromClipboard() {
+  try {
+    for (const item of await navigator.clipboard.read()) {
+      const type = item.types.find((name) => name.startsWith("image/"));
+      if (type) {
+        return { file: await item.getType(type) };
+      }
+    }
+    return { problem: "There is no image in the clipboard. Copy one, then paste it here." };
+  } catch {
+    return {
+      problem: "The browser does not allow the page to read the clipboard. Press Ctrl + V instead.",
+    };
+  }
 }

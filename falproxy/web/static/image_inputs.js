@@ -4,7 +4,14 @@
 import { el, randomId, safeUrl } from "./dom.js";
 import { inputLabel } from "./field.js";
 import { icon } from "./icons.js";
-import { InvalidImageError, checkImageFile, formatFileSize, loadImage } from "./image_files.js";
+import {
+  InvalidImageError,
+  checkImageFile,
+  formatFileSize,
+  loadImage,
+  readImageFromClipboard,
+} from "./image_files.js";
+import { createThumbnail } from "./image_thumbnails.js";
 import { proxyInfo } from "./proxy_status.js";
 
 const IMAGES_MAX = 10; // of an input that accepts several
@@ -14,13 +21,20 @@ export class ImageInput {
   #items = []; // {file?, url?, previewUrl, description}
   #list = el("ul", { className: "chosen-images" });
   #problem = el("p", { className: "problem", id: `${this.#id}-problem`, role: "alert" });
+  #onChange;
 
-  /** @param {{name: string, isMany: boolean, isRequired: boolean}} input */
-  constructor({ name, isMany, isRequired }) {
+  /**
+   * @param {{name: string, isMany: boolean, isRequired: boolean, hint: string}} input
+   * @param {{onChange: () => void, onDraw?: (input: ImageInput) => void}} actions onDraw: for masks
+   */
+  constructor({ name, isMany, isRequired, hint }, { onChange, onDraw }) {
     this.name = name;
     this.isMany = isMany;
     this.isRequired = isRequired;
-    this.element = this.#build();
+    this.isMask = /mask/.test(name);
+    this.hint = hint;
+    this.#onChange = onChange;
+    this.element = this.#build(this.isMask ? onDraw : undefined);
     this.#render();
   }
 
@@ -37,10 +51,19 @@ export class ImageInput {
     return this.isMany ? IMAGES_MAX : 1;
   }
 
-  /** Add the valid files. @param {Iterable<Blob>} files */
+  /** Add images of a job or of another input. @param {import("./image_upload.js").InputImage[]} images */
+  async addImages(images) {
+    for (const { file, url } of images) {
+      await (file ? this.addFiles([file]) : this.addUrl(url));
+    }
+  }
+
+  /** Add the valid files, as far as there is room. @param {Iterable<Blob>} files */
   async addFiles(files) {
-    this.showProblem("");
-    for (const file of [...files].slice(0, this.#max)) {
+    const problems = [];
+    const chosen = [...files];
+    const room = this.isMany ? this.#max - this.#items.length : 1;
+    for (const file of chosen.slice(0, room)) {
       try {
         const { file: checked, width, height } = await checkImageFile(file, proxyInfo.formats);
         const size = width === null ? "" : `${width} × ${height}, `;
@@ -50,11 +73,16 @@ export class ImageInput {
           description: `${checked.name}, ${size}${formatFileSize(checked.size)}`,
         });
       } catch (error) {
-        const text =
-          error instanceof InvalidImageError ? error.message : "This file cannot be read.";
-        this.showProblem(text);
+        const isInvalid = error instanceof InvalidImageError;
+        const text = isInvalid ? error.message : "This file cannot be read.";
+        problems.push(chosen.length > 1 ? `${file.name}: ${text}` : text);
       }
     }
+    if (chosen.length > room) {
+      const max = this.isMany ? `at most ${this.#max} images` : "one image";
+      problems.push(`This input takes ${max}: ${chosen.length - room} not added.`);
+    }
+    this.showProblem(problems.join(" "));
   }
 
   /** Add an image by its URL. Return false if fal could not fetch such a URL. @param {string} text */
@@ -62,6 +90,10 @@ export class ImageInput {
     const url = safeUrl(text.trim());
     if (url === null || url.startsWith("blob:")) {
       this.showProblem("This is not the URL of an image. It must start with https://");
+      return false;
+    }
+    if (this.isMany && this.isFull) {
+      this.showProblem(`This input takes at most ${this.#max} images.`);
       return false;
     }
     this.showProblem("");
@@ -73,6 +105,7 @@ export class ImageInput {
       item.description = `${naturalWidth} × ${naturalHeight}, ${description}`;
     } catch {
       item.description = `No preview, but fal may be able to read it: ${description}`;
+      item.previewUrl = null;
     }
     this.#render();
     return true;
@@ -94,6 +127,7 @@ export class ImageInput {
     }
     this.#items.push(item);
     this.#render();
+    this.#onChange();
   }
 
   #removeItem(item) {
@@ -101,31 +135,39 @@ export class ImageInput {
     revokePreview(item);
     this.#render();
     this.focus();
+    this.#onChange();
+  }
+
+  #moveItem(item, position) {
+    const target = Math.max(0, Math.min(this.#items.length - 1, position));
+    this.#items.splice(this.#items.indexOf(item), 1);
+    this.#items.splice(target, 0, item);
+    this.#render();
+    this.#list.children[target].querySelector(".thumb").focus();
+    this.#onChange();
   }
 
   #render() {
     this.dropArea.hidden = this.isFull; // the chosen image takes its place
+    this.element.classList.toggle("has-images", this.#items.length > 0);
+    this.#list.classList.toggle("is-many", this.isMany);
     this.#list.replaceChildren(
-      ...this.#items.map((item) => {
-        const removeProps = {
-          type: "button",
-          className: "button quiet square",
-          "aria-label": `Remove ${item.description}`,
-          title: "Remove",
-          onclick: () => this.#removeItem(item),
-        };
-        return el(
-          "li",
-          {},
-          el("img", { src: item.previewUrl, alt: "", width: 56, height: 56 }),
-          el("span", { className: "small description" }, item.description),
-          el("button", removeProps, icon("close")),
-        );
-      }),
+      ...this.#items.map((item, index) => this.#createThumbnail(item, index)),
     );
   }
 
-  #build() {
+  #createThumbnail(item, index) {
+    return createThumbnail(item, {
+      index,
+      count: this.#items.length,
+      isMany: this.isMany,
+      listId: this.#id,
+      onRemove: () => this.#removeItem(item),
+      onMove: (moved, position) => this.#moveItem(this.#items[moved], position),
+    });
+  }
+
+  #build(onDraw) {
     const fileInput = el("input", {
       type: "file",
       id: `${this.#id}-file`,
@@ -147,28 +189,31 @@ export class ImageInput {
         "span",
         {},
         el("b", {}, this.isMany ? "Choose images" : "Choose an image"),
-        el("span", { className: "muted" }, " or drop it here"),
+        el("span", { className: "muted" }, this.isMany ? " or drop them here" : " or drop it here"),
       ),
     );
-    const pasteProps = { type: "button", className: "button quiet", onclick: () => this.#paste() };
-    const urlProps = {
-      type: "button",
-      className: "button quiet",
-      "aria-expanded": "false",
-      onclick: () => this.#toggleUrlRow(),
-    };
+    const button = (name, label, onclick, props = {}) =>
+      el(
+        "button",
+        { type: "button", className: "button quiet", onclick, ...props },
+        icon(name),
+        label,
+      );
     this.dropArea = el("div", { className: "drop-area" }, fileInput, dropZone);
-    this.urlButton = el("button", urlProps, icon("link"), "From a URL");
+    this.urlButton = button("link", "From URL", () => this.#toggleUrlRow(), {
+      "aria-expanded": "false",
+    });
     return el(
       "div",
       { className: "image-input field", role: "group", "aria-label": title },
       el("span", { className: "label" }, title),
-      this.#list,
-      this.dropArea,
+      this.hint && el("span", { className: "hint" }, this.hint),
+      el("div", { className: "image-wrap" }, this.#list, this.dropArea),
       el(
         "div",
         { className: "row" },
-        el("button", pasteProps, icon("paste"), "Paste"),
+        onDraw && button("brush", "Draw mask", () => onDraw(this)),
+        button("paste", "Paste", () => this.#paste()),
         this.urlButton,
       ),
       this.#buildUrlRow(),
@@ -212,25 +257,17 @@ export class ImageInput {
   }
 
   async #paste() {
-    try {
-      for (const item of await navigator.clipboard.read()) {
-        const type = item.types.find((name) => name.startsWith("image/"));
-        if (type) {
-          await this.addFiles([await item.getType(type)]);
-          return;
-        }
-      }
-      this.showProblem("There is no image in the clipboard. Copy one, then paste it here.");
-    } catch {
-      this.showProblem(
-        "The browser does not allow the page to read the clipboard. Press Ctrl + V instead.",
-      );
+    const { file, problem } = await readImageFromClipboard();
+    if (file) {
+      await this.addFiles([file]);
+    } else {
+      this.showProblem(problem);
     }
   }
 }
 
 function revokePreview({ previewUrl }) {
-  if (previewUrl.startsWith("blob:")) {
+  if (previewUrl?.startsWith("blob:")) {
     URL.revokeObjectURL(previewUrl);
   }
 }

@@ -10,9 +10,10 @@ const INLINE_MAX = 2 ** 20; // bytes; smaller files are sent as data URIs
  *
  * @param {InputImage} image
  * @param {AbortSignal} signal
+ * @param {(sent: number) => void} onProgress receives the number of bytes that were uploaded
  * @returns {Promise<string>} a URL or a data URI
  */
-export async function resolveImageUrl(image, signal) {
+export async function resolveImageUrl(image, signal, onProgress) {
   if ("url" in image) {
     return image.url;
   }
@@ -21,7 +22,7 @@ export async function resolveImageUrl(image, signal) {
     return encodeDataUri(file);
   }
   try {
-    return await uploadFile(file, file.name, signal);
+    return await uploadFile(file, file.name, signal, onProgress);
   } catch (error) {
     if (signal.aborted) {
       throw error;
@@ -29,6 +30,37 @@ export async function resolveImageUrl(image, signal) {
     // Uploads are disabled, or the CDN is unreachable: models accept data URIs as well.
     return encodeDataUri(file);
   }
+}
+
+/**
+ * Return the image inputs as values for fal, and as they are stored with the job: files that were
+ * uploaded by their URL.
+ *
+ * @param {{name: string, isMany: boolean, images: InputImage[]}[]} imageInputs
+ * @param {AbortSignal} signal
+ * @param {(part: number) => void} onProgress receives the part that was uploaded, from 0 to 1
+ */
+export async function resolveImageInputs(imageInputs, signal, onProgress) {
+  const files = imageInputs.flatMap(({ images }) => images.map(({ file }) => file)).filter(Boolean);
+  const total = files.reduce((sum, { size }) => sum + size, 0);
+  const sent = new Map();
+  const resolve = (image) =>
+    resolveImageUrl(image, signal, (bytes) => {
+      sent.set(image, bytes);
+      onProgress([...sent.values()].reduce((sum, count) => sum + count, 0) / total);
+    });
+  const filled = imageInputs.filter(({ images }) => images.length > 0);
+  const input = {};
+  const stored = [];
+  for (const { name, isMany, images } of filled) {
+    const urls = await Promise.all(images.map(resolve));
+    input[name] = isMany ? urls : urls[0];
+    const kept = images.map((image, index) =>
+      urls[index].startsWith("data:") ? image : { url: urls[index] },
+    );
+    stored.push({ name, isMany, images: kept });
+  }
+  return { input, stored };
 }
 
 function encodeDataUri(file) {

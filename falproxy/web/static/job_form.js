@@ -1,94 +1,157 @@
-/** The form for a new job: model, input images, prompt and options. */
-import { estimateCost } from "./costs.js";
-import { byId, el } from "./dom.js";
-import { ImageInput } from "./image_inputs.js";
-import { loadInputs } from "./models.js";
-import { createControl } from "./option_controls.js";
+/** The form for a new job: task, model, input images, prompt and options. */
+import { describeEstimate } from "./costs.js";
+import { byId } from "./dom.js";
+import { PLACEHOLDERS } from "./examples.js";
+import { FormImages } from "./form_images.js";
+import { renderTasks, TASKS } from "./header.js";
+import { icon } from "./icons.js";
+import { DEFAULT_ENDPOINTS, loadInputs, loadPrice, modelOfEndpoint } from "./models.js";
+import { createControl, isMainField, setIfValid } from "./option_controls.js";
+import { proxyInfo } from "./proxy_status.js";
+import { createRepeatFilter } from "./repeat_filter.js";
 
 /**
  * @typedef {object} JobRequest
- * @property {object} model entry of the model list
+ * @property {import("./models.js").Model} model
  * @property {string} prompt
+ * @property {string} promptName
  * @property {Record<string, unknown>} options those that differ from the model's defaults
  * @property {{name: string, isMany: boolean, images: import("./image_upload.js").InputImage[]}[]} imageInputs
  */
 
-// ms in which an equal request is part of the same action, before and after its result is shown
-const REPEAT_TIME = 1000;
-const REPEAT_TIME_DONE = 400;
-
+const PROMPT_WARNING = 2000; // characters from which the number is shown
 const toText = (request) =>
   JSON.stringify(request, (key, value) => (value instanceof File ? value.lastModified : value));
 
 const isMac = /Mac|iPhone|iPad/.test(navigator.platform);
 
-export class JobForm {
+export class JobForm extends EventTarget {
   #models = [];
+  #model = null;
+  #task = "create";
+  #lastModels = new Map(); // task → the model that was selected last
   #inputs = null;
-  #imageInputs = [];
   #controls = [];
-  #previous = {}; // the latest request
   #modelChanges = 0; // the inputs of an earlier model may arrive after those of a later one
+  #filter = createRepeatFilter();
 
-  /** @param {(request: JobRequest) => void} onSubmit */
+  /**
+   * Dispatches `change` when any input has changed.
+   *
+   * @param {(request: JobRequest) => void} onSubmit
+   */
   constructor(onSubmit) {
+    super();
     this.form = byId("job-form");
     this.prompt = byId("prompt");
     this.onSubmit = onSubmit;
-    byId("shortcut").textContent = isMac ? "⌘ + Enter" : "Ctrl + Enter";
+    this.images = new FormImages({
+      onChange: () => this.#handleChange(),
+      onMissingInput: () => this.#selectModelWithImages(),
+    });
+    byId("shortcut").textContent = isMac ? "⌘ ↵" : "Ctrl ↵";
     this.form.addEventListener("submit", (event) => this.#handleSubmit(event));
     this.form.addEventListener("keydown", (event) => this.#handleKey(event));
     this.form.addEventListener("input", () => {
-      this.#renderCost();
+      this.#handleChange();
       this.#clearCorrectedProblems();
     });
-    byId("model").addEventListener("change", () => this.#renderModel());
-    this.#listenForImages();
+    byId("model").append(icon("chevron"));
+    byId("model").addEventListener("click", () => this.#pickModel());
   }
 
-  /** @param {object[]} models */
-  async setModels(models) {
+  /** @param {import("./models.js").Model[]} models those of the proxy's list */
+  setModels(models) {
     this.#models = models;
-    byId("model").replaceChildren(
-      ...models.map(({ name, endpoint }) => el("option", { value: endpoint }, name)),
+  }
+
+  /** The tasks that at least one model of the list serves. */
+  get tasks() {
+    return Object.keys(TASKS).filter((task) => this.#models.some((model) => model.task === task));
+  }
+
+  get task() {
+    return this.#task;
+  }
+
+  /** Select a task, with the model that was used last for it, or a good one. */
+  async setTask(task) {
+    const models = this.#models.filter((model) => model.task === task);
+    const preferred = models.find(({ endpoint }) => endpoint === DEFAULT_ENDPOINTS[task]);
+    const model = this.#lastModels.get(task) ?? preferred ?? models[0];
+    if (model !== undefined) {
+      await this.selectModel(model);
+    }
+  }
+
+  /** @param {import("./models.js").Model} model */
+  async selectModel(model) {
+    const change = (this.#modelChanges += 1);
+    this.#model = model;
+    this.#task = model.task ?? this.#task;
+    this.#lastModels.set(this.#task, model);
+    renderTasks(this.tasks, this.#task);
+    byId("form-title").textContent = TASKS[this.#task];
+    byId("model-name").textContent = model.title;
+    byId("model").value = model.endpoint;
+    byId("model-description").textContent = model.summary || model.endpoint;
+    byId("form-problem").textContent = "";
+    delete this.form.dataset.endpoint;
+    const inputs = await loadInputs(model);
+    if (change !== this.#modelChanges) {
+      return;
+    }
+    this.#inputs = inputs;
+    byId("prompt-field").hidden = !inputs.hasPrompt;
+    this.prompt.placeholder = PLACEHOLDERS[this.#task];
+    this.#renderControls(inputs, model.defaults);
+    await this.images.setInputs(inputs.images);
+    this.form.dataset.endpoint = model.endpoint; // the form is complete
+    this.#handleChange();
+    loadPrice(model).then(() => this.#handleChange());
+  }
+
+  /** Return the model of an endpoint: of the list, or one that is made of what is known. */
+  findModel({ endpoint, ...known }) {
+    return (
+      this.#models.find((model) => model.endpoint === endpoint) ??
+      [...this.#lastModels.values()].find((model) => model.endpoint === endpoint) ??
+      modelOfEndpoint(endpoint, known)
     );
-    byId("model").value = (models.find(({ name }) => name === "kontext") ?? models[0]).endpoint;
-    await this.#renderModel();
   }
 
   /**
-   * Fill the form with the settings of a job.
+   * Fill the form. Input images are replaced if there are any in the argument.
    *
-   * @param {{endpoint: string, prompt: string, options: object}} job
+   * @param {{endpoint?: string, model?: string, prompt: string, options: object, imageInputs?: object[]}} settings
    */
-  async fill({ endpoint, prompt, options }) {
-    if (this.#models.some((model) => model.endpoint === endpoint)) {
-      byId("model").value = endpoint;
-      await this.#renderModel();
+  async fill({ endpoint, model, price, unit, prompt, options, imageInputs }) {
+    if (endpoint) {
+      await this.selectModel(this.findModel({ endpoint, title: model, price, unit }));
     }
     this.prompt.value = prompt;
-    this.#controls.forEach((control) => control.set(options[control.name]));
-    byId("options").open = Object.keys(options).length > 0;
-    this.#renderCost();
-    this.prompt.focus();
+    this.#controls.forEach((control) => setIfValid(control, options[control.name]));
+    byId("options").open = this.#controls.some(
+      ({ name, field }) => Object.hasOwn(options, name) && !isMainField(field),
+    );
+    if (imageInputs !== undefined) {
+      await this.images.setValues(imageInputs);
+    }
+    this.#clearProblems();
+    this.#handleChange();
   }
 
-  /**
-   * Add an input image. Selects a model with an image input if the current one has none.
-   *
-   * @param {{file: File} | {url: string}} image
-   */
-  async addImage({ file, url }) {
-    if (this.#imageInputs.length === 0) {
-      const editModel = this.#models.find(({ required }) => required.includes("image_url"));
-      if (editModel === undefined) {
-        return;
-      }
-      byId("model").value = editModel.endpoint;
-      await this.#renderModel();
-    }
-    const target = this.#targetInput();
-    await (file ? target.addFiles([file]) : target.addUrl(url));
+  /** Set one option, such as the seed. */
+  setOption(name, value) {
+    const control = this.#controls.find((each) => each.name === name);
+    control?.set(value);
+    this.#handleChange();
+    return control !== undefined;
+  }
+
+  /** Add an input image. Selects a model with an image input if the current one has none. */
+  async addImage(image) {
+    await this.images.add(image);
     this.prompt.focus();
   }
 
@@ -96,54 +159,30 @@ export class JobForm {
     this.form.requestSubmit();
   }
 
-  get #model() {
-    return this.#models.find(({ endpoint }) => endpoint === byId("model").value);
+  /** The content of the form; null until its model has loaded. @returns {JobRequest | null} */
+  get request() {
+    return this.#inputs === null
+      ? null
+      : {
+          model: this.#model,
+          prompt: this.#inputs.hasPrompt ? this.prompt.value.trim() : "",
+          promptName: this.#inputs.promptName,
+          options: this.#readOptions(),
+          imageInputs: this.images.values,
+        };
   }
 
-  #targetInput() {
-    return (
-      this.#imageInputs.find((input) => input.element.contains(document.activeElement)) ??
-      this.#imageInputs.find((input) => !input.isFull) ??
-      this.#imageInputs[0]
-    );
-  }
-
-  async #renderModel() {
-    const change = (this.#modelChanges += 1);
-    const model = this.#model;
-    byId("model-description").textContent = model.description;
-    this.#renderCost();
-    const inputs = await loadInputs(model);
-    if (change !== this.#modelChanges) {
-      return;
+  async #pickModel() {
+    const { pickModel } = await import("./model_picker.js");
+    const model = await pickModel(this.#models, this.#task);
+    if (model !== null) {
+      await this.selectModel(model);
     }
-    this.#inputs = inputs;
-    byId("form-problem").textContent = "";
-    byId("prompt-field").hidden = !inputs.hasPrompt;
-    const isEdit = inputs.images.some(({ isRequired }) => isRequired);
-    this.prompt.placeholder = isEdit
-      ? "What should change? For example: make it winter."
-      : "What do you want to see? For example: a lighthouse at dusk.";
-    this.#renderImageInputs(inputs);
-    this.#renderControls(inputs, model.defaults ?? {});
-    this.#renderCost();
+    byId("model").focus();
   }
 
-  /** Images that were added already are kept as far as the new model has room for them. */
-  #renderImageInputs(inputs) {
-    const images = this.#imageInputs.flatMap((input) => input.images);
-    this.#imageInputs = inputs.images.map((input) => new ImageInput(input));
-    for (const { file, url } of images) {
-      const target = this.#imageInputs.find((input) => !input.isFull);
-      if (file) {
-        target?.addFiles([file]);
-      } else {
-        target?.addUrl(url);
-      }
-    }
-    byId("image-inputs").classList.remove("is-empty");
-    byId("image-inputs").hidden = this.#imageInputs.length === 0;
-    byId("image-inputs").replaceChildren(...this.#imageInputs.map((input) => input.element));
+  async #selectModelWithImages() {
+    await this.setTask("edit");
   }
 
   #renderControls({ fields }, defaults) {
@@ -152,11 +191,17 @@ export class JobForm {
     for (const control of this.#controls) {
       const value = previous.get(control.name) ?? defaults[control.name];
       if (value !== undefined) {
-        control.set(value);
+        setIfValid(control, value);
       }
     }
-    byId("option-fields").replaceChildren(...this.#controls.map((control) => control.element));
-    byId("options").hidden = fields.length === 0;
+    const [main, other] = [true, false].map((isMain) =>
+      this.#controls
+        .filter(({ field }) => isMainField(field) === isMain)
+        .map(({ element }) => element),
+    );
+    byId("main-fields").replaceChildren(...main);
+    byId("option-fields").replaceChildren(...other);
+    byId("options").hidden = other.length === 0;
   }
 
   #readOptions() {
@@ -164,17 +209,35 @@ export class JobForm {
     return Object.fromEntries(values.filter(([, value]) => value !== undefined));
   }
 
-  #renderCost() {
-    const options = this.#readOptions();
-    byId("cost").textContent = estimateCost(this.#model, options.num_images ?? 1);
-    const count = Object.keys(options).length;
-    byId("options-changed").textContent = count > 0 ? `${count} changed` : "";
+  #handleChange() {
+    if (this.#inputs === null) {
+      return;
+    }
+    const { prompt, options } = this.request;
+    const count = this.#controls.find(({ name }) => name === "num_images")?.field.preset ?? 1;
+    byId("cost").textContent = describeEstimate(
+      this.#model,
+      { prompt, options, count },
+      proxyInfo.isSandbox,
+    );
+    const changed = this.#controls.filter(
+      ({ name, field }) => !isMainField(field) && Object.hasOwn(options, name),
+    ).length;
+    byId("options-changed").textContent = changed > 0 ? `${changed} changed` : "";
+    const length = this.prompt.value.length;
+    byId("prompt-count").textContent = length > PROMPT_WARNING ? `${length} characters` : "";
+    this.dispatchEvent(new Event("change"));
+  }
+
+  #clearProblems() {
+    byId("prompt-problem").textContent = "";
+    this.prompt.setAttribute("aria-invalid", "false");
+    byId("form-problem").textContent = "";
   }
 
   #clearCorrectedProblems() {
     if (this.prompt.value.trim() !== "" && byId("prompt-problem").textContent !== "") {
-      byId("prompt-problem").textContent = "";
-      this.prompt.setAttribute("aria-invalid", "false");
+      this.#clearProblems();
     }
     const hasProblem = ({ element }) => Boolean(element.querySelector(".problem")?.textContent);
     this.#controls.filter(hasProblem).forEach((control) => control.validate());
@@ -186,7 +249,7 @@ export class JobForm {
       return;
     }
     const isShortcut = event.ctrlKey || event.metaKey;
-    if (event.repeat && (isShortcut || event.target !== this.prompt)) {
+    if (event.repeat && (isShortcut || event.target.tagName !== "TEXTAREA")) {
       event.preventDefault();
     } else if (isShortcut) {
       this.#handleSubmit(event);
@@ -195,80 +258,43 @@ export class JobForm {
 
   #handleSubmit(event) {
     event.preventDefault();
-    if (this.#inputs === null || !this.#validate()) {
-      return;
-    }
-    const request = {
-      model: this.#model,
-      prompt: this.#inputs.hasPrompt ? this.prompt.value.trim() : "",
-      options: this.#readOptions(),
-      imageInputs: this.#imageInputs.map(({ name, isMany, images }) => ({ name, isMany, images })),
-    };
-    const text = toText(request);
-    const isRepeated = text === this.#previous.text && performance.now() < this.#previous.until;
-    this.#previous = { text, until: performance.now() + REPEAT_TIME };
-    if (!isRepeated) {
-      this.onSubmit(request);
+    if (this.#inputs !== null && this.#validate()) {
+      const { request } = this;
+      if (this.#filter.accepts(toText(request))) {
+        this.onSubmit(request);
+      }
     }
   }
 
   allowRepeat() {
-    this.#previous.until += REPEAT_TIME_DONE - REPEAT_TIME;
+    this.#filter.shorten();
   }
 
   /** Show the problems and focus the first invalid input. Return whether there is none. */
   #validate() {
     const invalid = [];
-    for (const input of this.#imageInputs) {
-      const isMissing = input.isRequired && input.images.length === 0;
-      if (isMissing) {
+    for (const input of this.images.inputs) {
+      if (input.isRequired && input.images.length === 0) {
         input.showProblem("This model needs an image: choose one.");
         invalid.push(input);
       }
     }
     const isPromptMissing = this.#inputs.isPromptRequired && this.prompt.value.trim() === "";
-    byId("prompt-problem").textContent = isPromptMissing ? "Describe what you want to see." : "";
+    byId("prompt-problem").textContent = isPromptMissing ? "Write a prompt first." : "";
     this.prompt.setAttribute("aria-invalid", String(isPromptMissing));
     if (isPromptMissing) {
       invalid.push(this.prompt);
     }
     for (const control of this.#controls) {
       if (control.validate() !== "") {
-        byId("options").open = true;
-        invalid.push(control.element.querySelector("input, select"));
+        byId("options").open ||= !isMainField(control.field);
+        invalid.push(control.element.querySelector("input, select, textarea"));
       }
     }
-    invalid[0]?.focus();
+    if (invalid.length > 0) {
+      this.dispatchEvent(new Event("invalid"));
+      invalid[0].focus();
+    }
     return invalid.length === 0;
-  }
-
-  /** Accept pasted and dropped images anywhere on the page. */
-  #listenForImages() {
-    document.addEventListener("paste", (event) => {
-      const files = [...event.clipboardData.files];
-      if (files.length > 0 && this.#imageInputs.length > 0) {
-        event.preventDefault();
-        this.#targetInput().addFiles(files);
-      }
-    });
-    const highlight = (isOn) => this.form.classList.toggle("is-drop-target", isOn);
-    document.addEventListener("dragover", (event) => {
-      event.preventDefault(); // otherwise the browser opens the dropped file
-      highlight(this.#imageInputs.length > 0);
-    });
-    document.addEventListener("dragleave", (event) => highlight(event.relatedTarget !== null));
-    document.addEventListener("drop", (event) => {
-      event.preventDefault();
-      highlight(false);
-      const target =
-        this.#imageInputs.find((input) => input.element.contains(event.target)) ??
-        this.#targetInput();
-      const url = event.dataTransfer.getData("text/uri-list").split("\n")[0];
-      if (event.dataTransfer.files.length > 0) {
-        target?.addFiles(event.dataTransfer.files);
-      } else if (url) {
-        target?.addUrl(url);
-      }
-    });
   }
 }

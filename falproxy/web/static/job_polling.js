@@ -5,9 +5,11 @@ import { NoResponseError, ResponseError, fetchResult, fetchStatus } from "./fal_
 import { interruptibleSleep } from "./interruptible_sleep.js";
 import { kindOf } from "./media.js";
 
+const OUTPUT_MAX = 50_000; // characters of the JSON of a result that is stored
 const LOG_LINES_MAX = 200;
 const RETRY_DELAY_MAX = 15_000; // ms
 const NOT_FOUND_MAX = 4; // 404s before the job counts as failed: a restart may take a moment
+const NOT_FOUND_DELAY = 1500; // ms
 const RETRIES_MAX = 8; // of a 5xx from fal, before the job counts as failed
 const CANCEL_TIMEOUT = 30_000; // ms until a job counts as cancelled without fal's confirmation
 const RETRYABLE = new Set([401, 408, 425, 429, 500, 502, 503, 504]); // do not concern the job itself
@@ -40,7 +42,7 @@ export async function pollUntilEnded(job, jobs) {
 /** ms; long jobs are polled less often. */
 function pollInterval(job) {
   const seconds = (Date.now() - job.created) / 1000;
-  return seconds < 15 ? 500 : seconds < 60 ? 1000 : 2000;
+  return seconds < 4 ? 300 : seconds < 15 ? 500 : seconds < 60 ? 1000 : 2000;
 }
 
 async function completedState(status, poller, job) {
@@ -69,7 +71,8 @@ async function completedState(status, poller, job) {
   const isHidden =
     Array.isArray(result.has_nsfw_concepts) && result.has_nsfw_concepts.some(Boolean);
   const seed = Number.isFinite(result.seed) ? result.seed : null;
-  return { state: "done", images, seed, isHidden };
+  const output = JSON.stringify(result).length <= OUTPUT_MAX ? result : null;
+  return { state: "done", images, seed, isHidden, output };
 }
 
 function failedState(error) {
@@ -146,9 +149,7 @@ class JobPoller {
       return this.job.isCancelling || this.#notFoundCount >= NOT_FOUND_MAX;
     }
     const isFromFal = error.type === null; // errors of the proxy have a type
-    return (
-      !RETRYABLE.has(error.status) || (isServerErrorFinal && error.status >= 500 && isFromFal)
-    );
+    return !RETRYABLE.has(error.status) || (isServerErrorFinal && error.status >= 500 && isFromFal);
   }
 
   #showWarning(warning) {
@@ -169,6 +170,9 @@ function warningFor(error) {
   if (error instanceof ResponseError && error.status === 401) {
     return "The proxy requires an access key to show the status.";
   }
+  if (isNotFound(error)) {
+    return "The job is not found. Retrying.";
+  }
   return `${explainError(error).title}. Retrying.`;
 }
 
@@ -178,6 +182,9 @@ function retryDelay(error, attempt) {
   }
   if (error instanceof ResponseError && error.status === 401) {
     return 10 * 60_000; // interrupted when an access key is entered
+  }
+  if (isNotFound(error)) {
+    return NOT_FOUND_DELAY;
   }
   return Math.min(RETRY_DELAY_MAX, 500 * 2 ** attempt) * (0.75 + Math.random() / 2);
 }

@@ -35,7 +35,13 @@ export function describeState(job) {
   }
   switch (job.state) {
     case "preparing":
-      return job.inputs > 0 ? "Preparing the image" : "Preparing";
+      return job.isHeld
+        ? "Not sent yet"
+        : typeof job.uploaded === "number"
+          ? `Uploading, ${Math.round(100 * job.uploaded)} %`
+          : job.inputs > 0
+            ? "Preparing the image"
+            : "Preparing";
     case "sending":
       return "Sending";
     case "queued":
@@ -43,7 +49,7 @@ export function describeState(job) {
         ? "In the queue"
         : job.position === 0
           ? "Next in the queue"
-          : `In the queue, ${job.position} ahead`;
+          : `#${job.position + 1} in the queue`;
     case "running":
       return "Running";
     case "done":
@@ -55,6 +61,11 @@ export function describeState(job) {
     default:
       return "Response lost";
   }
+}
+
+/** `2.6 s`, `12 s`, `2 min 5 s`. @param {number} ms */
+export function formatSeconds(ms) {
+  return ms < 10_000 ? `${(Math.max(0, ms) / 1000).toFixed(1)} s` : formatDuration(ms);
 }
 
 /** `12 s`, `2 min 5 s`. @param {number} ms */

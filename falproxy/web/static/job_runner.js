@@ -12,6 +12,7 @@ import { interruptibleSleep } from "./interruptible_sleep.js";
 import { pollUntilEnded } from "./job_polling.js";
 import { isRunning } from "./jobs.js";
 import { isImage } from "./media.js";
+import { checkReachable } from "./proxy_status.js";
 import { hasTabLocks, withTabLock } from "./tab_coordination.js";
 
 const SUBMITS_MAX = 5; // after 429s, which cost nothing
@@ -26,6 +27,8 @@ const NOT_SENT = {
   title: "The page was closed before this was sent",
   action: "Nothing was charged.",
 };
+const HELD = "The proxy does not respond. Nothing was sent: this is sent as soon as it is back.";
+const HELD_CHECK_INTERVAL = 4000; // ms; the page is also woken when the proxy is back
 
 export class JobRunner {
   #jobs;
@@ -38,7 +41,8 @@ export class JobRunner {
 
   /**
    * @param {import("./jobs.js").Job} job
-   * @param {(signal: AbortSignal) => Promise<object>} makeInput uploads the files and returns the input
+   * @param {(signal: AbortSignal) => Promise<object>} makeInput uploads the files and returns the input;
+   *   called while the proxy is reachable
    */
   start(job, makeInput) {
     return this.#runExclusively(job, async () => {
@@ -91,11 +95,14 @@ export class JobRunner {
   async #submit(job, makeInput) {
     const controller = new AbortController();
     this.#submitControllers.set(job.id, controller);
+    const { signal } = controller;
     let input;
     try {
-      input = await makeInput(controller.signal);
+      await this.#waitForProxy(job, signal);
+      input = await makeInput(signal);
+      await this.#waitForProxy(job, signal);
     } catch (error) {
-      await (controller.signal.aborted
+      await (signal.aborted
         ? this.#finish(job, "cancelled")
         : this.#finish(job, "failed", explainError(error)));
       return false;
@@ -107,7 +114,7 @@ export class JobRunner {
         await this.#jobs.saveChanges(job, { requestId, cacheStatus, state: "queued" });
         break;
       } catch (error) {
-        if (!(await this.#waitForRetry(job, error, attempt, controller.signal))) {
+        if (!(await this.#waitForRetry(job, error, attempt, signal))) {
           return false;
         }
       }
@@ -117,6 +124,19 @@ export class JobRunner {
       await this.#cancelAtFal(job); // cancelled during the submit
     }
     return true;
+  }
+
+  /** Hold the job until the proxy responds. Rejects if it is cancelled before. */
+  async #waitForProxy(job, signal) {
+    while (!(await checkReachable(signal))) {
+      signal.throwIfAborted();
+      await this.#jobs.saveChanges(job, { state: "preparing", warning: HELD, isHeld: true });
+      await interruptibleSleep(HELD_CHECK_INTERVAL, signal);
+    }
+    signal.throwIfAborted();
+    if (job.isHeld) {
+      await this.#jobs.saveChanges(job, { warning: null, isHeld: false });
+    }
   }
 
   /**
@@ -132,6 +152,7 @@ export class JobRunner {
       await this.#jobs.saveChanges(job, { state: "preparing", warning });
       try {
         await interruptibleSleep(1000 * Math.max(1, error.retryAfter), signal);
+        await this.#waitForProxy(job, signal);
         return true;
       } catch {
         await this.#finish(job, "cancelled");

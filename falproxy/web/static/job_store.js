@@ -79,7 +79,7 @@ class JobStore {
       this.#memory.set(job.id, job);
       return;
     }
-    for (const record of [job, { ...job, before: null, thumb: null }]) {
+    for (const record of [job, { ...job, before: null, thumb: null, imageInputs: [] }]) {
       try {
         await this.#runTransaction("readwrite", (store) => store.put(record));
         this.#memory.delete(job.id);

@@ -14,7 +14,12 @@ import { broadcastChanges, onChangesInOtherTabs } from "./tab_coordination.js";
  * @property {string} unit
  * @property {string} prompt
  * @property {Record<string, unknown>} options as sent
+ * @property {string} promptName name of the input that the prompt is sent as
+ * @property {string | null} task
+ * @property {number | null} estimate expected cost in USD
  * @property {number} inputs number of input images
+ * @property {{name: string, isMany: boolean, images: ({file: File} | {url: string})[]}[]} imageInputs the
+ *   input images: large ones by the URL of their upload
  * @property {Blob | string | null} before the first input image: a small copy, or its URL
  * @property {string | null} requestId
  * @property {number | null} position number of jobs before it in the queue
@@ -23,8 +28,11 @@ import { broadcastChanges, onChangesInOtherTabs } from "./tab_coordination.js";
  * @property {{url: string, width: number | null, height: number | null}[]} images
  * @property {number | null} seed
  * @property {Blob | null} thumb thumbnail of the first result image
+ * @property {object | null} output fal's result as it is; null if it is long
  * @property {object | null} problem see `explainError`
  * @property {string[]} [lines] fal's log; not stored
+ * @property {boolean} [isHeld] whether it waits for the proxy: nothing was sent; not stored
+ * @property {number} [uploaded] part of the input images that is uploaded, from 0 to 1; not stored
  * @property {string | null} [warning] why its status is not up to date; not stored
  */
 
@@ -69,7 +77,7 @@ export class Jobs extends EventTarget {
   /** @param {Job} job @param {Partial<Job>} changes */
   async saveChanges(job, changes) {
     Object.assign(job, changes);
-    const { lines, warning, ...record } = job;
+    const { lines, warning, isHeld, uploaded, ...record } = job;
     await this.#store.write(record); // before the event: a job that is shown is stored
     this.#dispatchChange(job);
     broadcastChanges([job.id]);
@@ -92,6 +100,16 @@ export class Jobs extends EventTarget {
     this.#dispatchRemove(ids);
     await this.#store.remove(ids);
     broadcastChanges(ids);
+  }
+
+  /** Store removed or imported jobs. @param {object[]} records */
+  async restore(records) {
+    for (const record of records) {
+      const { lines, warning, isHeld, uploaded, ...stored } = record;
+      await this.#store.write(stored);
+      this.#dispatchChange(withDefaults(record));
+    }
+    broadcastChanges(records.map(({ id }) => id));
   }
 
   async #reloadJobs(ids) {
@@ -128,13 +146,18 @@ function withDefaults(record) {
     price: null,
     unit: "image",
     prompt: "",
+    promptName: "prompt",
+    task: null,
+    estimate: null,
     inputs: 0,
+    imageInputs: [],
     before: null,
     requestId: null,
     position: null,
     isCancelling: false,
     cacheStatus: null,
     seed: null,
+    output: null,
     thumb: null,
     problem: null,
     ...record,

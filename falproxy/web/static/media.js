@@ -5,12 +5,10 @@ const EXTENSIONS = {
   video: /\.(mp4|webm|mov|m4v)$/i,
   audio: /\.(mp3|wav|m4a|aac|flac|ogg|opus)$/i,
 };
-const PLAY_ICON =
-  "data:image/svg+xml," +
-  encodeURIComponent(
-    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 48 48">' +
-      '<path fill="#808080" d="M18 14l16 10-16 10z"/></svg>',
-  );
+const ICONS = {
+  video: "M18 14l16 10-16 10z",
+  audio: "M14 20v8m6-13v18m6-22v26m6-20v14m6-9v4",
+};
 
 /**
  * Return what a file is, by its content type, otherwise by the extension of its URL.
@@ -36,4 +34,16 @@ export function createPlayer({ kind, url }, label) {
 }
 
 /** Return the URL of the thumbnail of a file without one. @param {{kind?: string, url: string}} file */
-export const defaultThumbnail = (file) => (isImage(file) ? file.url : PLAY_ICON);
+export function defaultThumbnail(file) {
+  if (isImage(file)) {
+    return file.url;
+  }
+  const isVideo = file.kind === "video";
+  const color = isVideo
+    ? 'fill="#808080"'
+    : 'stroke="#808080" stroke-width="3" stroke-linecap="round"';
+  const svg =
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 48 48">' +
+    `<path ${color} d="${isVideo ? ICONS.video : ICONS.audio}"/></svg>`;
+  return `data:image/svg+xml,${encodeURIComponent(svg)}`;
+}

@@ -3,35 +3,33 @@
 /**
  * @typedef {object} Field
  * @property {string} name
- * @property {"range" | "number" | "choice" | "flag" | "size" | "loras" | "text"} kind
+ * @property {"range" | "number" | "choice" | "flag" | "size" | "loras" | "text" | "json"} kind
  * @property {boolean} isRequired
  * @property {unknown} preset the model's default; null if it has none
  * @property {number | null} [low] inclusive
  * @property {number | null} [high] inclusive
  * @property {number | "any"} [step]
  * @property {string[]} [choices]
+ * @property {string} hint the first sentence of fal's description
  *
  * @typedef {object} Inputs
- * @property {{name: string, isMany: boolean, isRequired: boolean}[]} images required ones first
+ * @property {{name: string, isMany: boolean, isRequired: boolean, hint: string}[]} images required ones first
  * @property {Field[]} fields
+ * @property {string} promptName `prompt`, or `text` for speech
  * @property {boolean} hasPrompt
  * @property {boolean} isPromptRequired
  */
 
 const IMAGE_URL = /(^|_)(image|mask)_url(s?)$/;
 // Inputs without a control: the prompt has its own field, sync_mode would return data URIs.
-const HIDDEN = new Set([
-  "prompt",
-  "sync_mode",
-  "request_id",
-  "embeddings",
-  "ip_adapters",
-  "controlnets",
-]);
+const HIDDEN = new Set(["sync_mode", "request_id"]);
 const FIRST_FIELDS = [
-  "num_images",
   "aspect_ratio",
   "image_size",
+  "num_images",
+  "duration",
+  "voice",
+  "resolution",
   "resolution_mode",
   "seed",
   "strength",
@@ -40,6 +38,7 @@ const FIRST_FIELDS = [
   "output_format",
   "format",
 ];
+const HINT_MAX = 120; // characters
 const SLIDER_MAX = 100; // a number with a wider range gets a text input
 
 /**
@@ -49,24 +48,39 @@ const SLIDER_MAX = 100; // a number with a wider range gets a text input
 export function parseInputs(document) {
   const schemas = document?.components?.schemas ?? {};
   const input = inputSchema(document, schemas);
+  const properties = input.properties ?? {};
   const required = Array.isArray(input.required) ? input.required : [];
   const images = [];
   const fields = [];
-  for (const [name, property] of Object.entries(input.properties ?? {})) {
+  const promptName = Object.hasOwn(properties, "prompt") ? "prompt" : "text";
+  for (const [name, property] of Object.entries(properties)) {
     const isRequired = required.includes(name);
+    const hint = firstSentence(property?.description);
     if (IMAGE_URL.test(name)) {
-      images.push({ name, isMany: name.endsWith("s"), isRequired });
+      images.push({ name, isMany: name.endsWith("s"), isRequired, hint });
       continue;
     }
-    const field = HIDDEN.has(name) ? null : parseField(property, schemas);
+    const isHidden = HIDDEN.has(name) || name === promptName;
+    const field = isHidden ? null : parseField(property, schemas);
     if (field !== null) {
-      fields.push({ name, isRequired, preset: null, ...field });
+      fields.push({ name, isRequired, preset: null, hint, ...field });
     }
   }
   fields.sort((one, other) => fieldRank(one.name) - fieldRank(other.name));
-  const hasPrompt = Object.hasOwn(input.properties ?? {}, "prompt");
   images.sort((one, other) => Number(other.isRequired) - Number(one.isRequired));
-  return { images, fields, hasPrompt, isPromptRequired: required.includes("prompt") };
+  return {
+    images,
+    fields,
+    promptName,
+    hasPrompt: Object.hasOwn(properties, promptName),
+    isPromptRequired: required.includes(promptName),
+  };
+}
+
+function firstSentence(description) {
+  const text = typeof description === "string" ? description.trim() : "";
+  const sentence = /^.*?[.!?](?=\s|$)/s.exec(text)?.[0] ?? text;
+  return sentence.length <= HINT_MAX ? sentence : `${sentence.slice(0, HINT_MAX)}…`;
 }
 
 function fieldRank(name) {
@@ -128,9 +142,11 @@ function parseSimpleField(schema, preset, schemas) {
     case "array":
       return resolveReference(schema.items, schemas)?.properties?.path
         ? { kind: "loras", preset: [] }
-        : null;
+        : { kind: "json", preset: null };
+    case "object":
+      return { kind: "json", preset: null };
     default:
-      return null;
+      return schema.properties ? { kind: "json", preset: null } : null;
   }
 }
 

@@ -2,6 +2,13 @@
 import { imageSizeControl, lorasControl } from "./compound_controls.js";
 import { el } from "./dom.js";
 import { choiceLabel, createField, inputLabel, rangeHint, showFieldProblem } from "./field.js";
+import {
+  jsonControl,
+  ratioOf,
+  seedControl,
+  shapeControl,
+  stepperControl,
+} from "./special_controls.js";
 
 /**
  * @typedef {object} Control
@@ -20,14 +27,41 @@ const CONTROLS = {
   size: imageSizeControl,
   loras: lorasControl,
   text: textControl,
+  json: jsonControl,
 };
+const STEPPER_MAX = 10; // of a number of images
+// Shown at once; the others are under "More options".
+const MAIN_FIELDS = new Set(["aspect_ratio", "image_size", "num_images", "duration", "voice"]);
+
+/** Whether a field is shown at once. @param {import("./model_schema.js").Field} field */
+export const isMainField = ({ name, isRequired }) => isRequired || MAIN_FIELDS.has(name);
 
 /**
  * @param {import("./model_schema.js").Field} field
  * @returns {Control}
  */
 export function createControl(field) {
-  return { name: field.name, ...CONTROLS[field.kind](field, `option-${field.name}`) };
+  return { name: field.name, field, ...builderOf(field)(field, `option-${field.name}`) };
+}
+
+/** Set a control to a value of another model or of a link; to the default if it does not take that. */
+export function setIfValid(control, value) {
+  control.set(value);
+  const isTaken = JSON.stringify(control.value() ?? control.field.preset) === JSON.stringify(value);
+  if (value !== undefined && !isTaken) {
+    control.set(undefined);
+  }
+}
+
+function builderOf(field) {
+  if (field.name === "seed" && field.kind === "number") {
+    return seedControl;
+  }
+  if (field.kind === "choice" && field.choices.filter(ratioOf).length > 1) {
+    return shapeControl;
+  }
+  const isCount = field.name === "num_images" && field.low !== null && field.high <= STEPPER_MAX;
+  return isCount && typeof field.preset === "number" ? stepperControl : CONTROLS[field.kind];
 }
 
 function rangeControl(field, id) {
@@ -75,15 +109,18 @@ function numberControl(field, id) {
   if (field.high !== null) {
     input.max = field.high;
   }
-  const hint = field.name === "seed" ? "The same seed gives the same image." : rangeHint(field);
+  const hint = rangeHint(field);
   const element = createField(field, id, input, hint);
   const validate = () => {
     const { badInput, rangeOverflow, rangeUnderflow, stepMismatch } = input.validity;
     const isInvalid = badInput || rangeOverflow || rangeUnderflow || stepMismatch;
+    const isMissing = field.isRequired && field.preset === null && input.value === "";
     return showFieldProblem(
       element,
       input,
-      isInvalid ? `Enter a ${field.step === 1 ? "whole " : ""}number. ${rangeHint(field)}` : "",
+      isInvalid || isMissing
+        ? `Enter a ${field.step === 1 ? "whole " : ""}number. ${rangeHint(field)}`
+        : "",
     );
   };
   input.onchange = validate;
@@ -135,9 +172,11 @@ function textControl(field, id) {
     placeholder: typeof field.preset === "string" ? field.preset : "",
   });
   const element = createField(field, id, input);
+  const isMissing = () => field.isRequired && field.preset === null && input.value.trim() === "";
   return {
     element,
-    validate: () => "",
+    validate: () =>
+      showFieldProblem(element, input, isMissing() ? "This model needs a value here." : ""),
     set: (value) => (input.value = value ?? ""),
     value: () => input.value.trim() || undefined,
   };

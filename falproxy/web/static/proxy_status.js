@@ -1,9 +1,11 @@
 /** The proxy's properties and its reachability, shown as chips in the header. */
-import { clearAccessKey, getAccessKey } from "./access_key.js";
+import { clearAccessKey, enterAccessKey, getAccessKey } from "./access_key.js";
 import { byId, el } from "./dom.js";
+import { icon } from "./icons.js";
 
 const INFO_URL = "web/about.json";
 const RETRY_INTERVAL = 4000; // ms between two attempts while the proxy does not respond
+const CHECK_TIMEOUT = 5000; // ms
 
 /** Properties of the proxy: defaults until `loadProxyInfo` has run. maxBody: bytes. */
 export const proxyInfo = {
@@ -19,12 +21,40 @@ let retryTimer = null;
 
 /** Load the proxy's properties. The defaults stay if the proxy does not respond. */
 export async function loadProxyInfo() {
+  await checkReachable();
+}
+
+/**
+ * Request the proxy's properties. Return whether the proxy responds: not a host in front of it.
+ *
+ * @param {AbortSignal} [signal]
+ */
+export async function checkReachable(signal) {
+  const controller = new AbortController();
+  const abort = () => controller.abort();
+  const timer = setTimeout(abort, CHECK_TIMEOUT);
+  signal?.addEventListener("abort", abort);
   try {
-    const response = await fetch(new URL(INFO_URL, document.baseURI), { cache: "no-store" });
-    Object.assign(proxyInfo, await response.json());
+    const response = await fetch(new URL(INFO_URL, document.baseURI), {
+      cache: "no-store",
+      signal: controller.signal,
+    });
+    const info = await response.json();
+    if (!response.ok || typeof info?.version !== "string") {
+      throw new Error("not a response of the proxy");
+    }
+    Object.assign(proxyInfo, info, { isSandbox: info.isSandbox || proxyInfo.isSandbox });
     setReachable(true);
+    renderChips();
+    return true;
   } catch {
-    setReachable(false);
+    if (!signal?.aborted) {
+      setReachable(false);
+    }
+    return false;
+  } finally {
+    clearTimeout(timer);
+    signal?.removeEventListener("abort", abort);
   }
 }
 
@@ -65,24 +95,34 @@ let renderedStatus = "";
 
 function renderChips() {
   const hasKey = getAccessKey() !== null;
-  const status = [navigator.onLine, isReachable, proxyInfo.isSandbox, hasKey].join();
+  const { isSandbox, isLocked } = proxyInfo;
+  const status = [navigator.onLine, isReachable, isSandbox, isLocked, hasKey].join();
   if (status === renderedStatus) {
     return;
   }
   renderedStatus = status;
   const chips = [];
-  if (!navigator.onLine && !isReachable) {
-    chips.push(el("span", { className: "chip bad" }, "You are offline"));
-  } else if (!isReachable) {
-    chips.push(el("span", { className: "chip bad" }, "The proxy does not respond"));
-  }
-  if (proxyInfo.isSandbox) {
-    const title = "Offline emulator of fal: images are drawn on this machine, nothing is charged.";
-    chips.push(el("span", { className: "chip warn", title }, "Sandbox"));
+  if (!isReachable) {
+    const text = navigator.onLine ? "The proxy does not respond" : "You are offline";
+    chips.push(el("span", { className: "chip bad" }, text));
   }
   if (hasKey) {
-    const props = { type: "button", className: "chip button-chip", onclick: clearAccessKey };
-    chips.push(el("button", props, "Forget key"));
+    chips.push(chipButton("Forget key", clearAccessKey));
+  } else if (isLocked) {
+    chips.push(chipButton("Enter key", enterAccessKey));
+  }
+  if (isSandbox) {
+    const title = "Offline emulator of fal: results are drawn on this machine, nothing is charged.";
+    chips.push(el("span", { className: "chip warn", title }, "Sandbox: free"));
   }
   byId("proxy-status").replaceChildren(...chips);
+}
+
+function chipButton(label, onclick) {
+  return el(
+    "button",
+    { type: "button", className: "chip button-chip", onclick },
+    icon("key"),
+    label,
+  );
 }

@@ -136,3 +136,21 @@ async def test_a_busy_event_loop_does_not_open_the_breaker() -> None:
                 time.sleep(2 * SLOW_SECONDS)  # noqa: ASYNC251
                 await asyncio.sleep(0)
                 assert not breaker.is_open
+
+
+async def test_a_reply_that_takes_several_turns_of_a_busy_event_loop_is_used() -> None:
+    """A burst of calls keeps the event loop busy for longer than the timeout of an operation."""
+
+    async def turns() -> str:
+        for _ in range(5):  # as the reader of a socket, the parser and the tasks after it
+            await asyncio.sleep(0.001)
+        return "reply"
+
+    store = FakeStore(is_remote=True, delay=0.001)
+    async with StoreBreaker(store) as breaker:
+        replies = [asyncio.ensure_future(breaker.call(turns())) for _ in range(3)]
+        while not all(reply.done() for reply in replies):
+            time.sleep(CALL_TIMEOUT / 3)  # noqa: ASYNC251
+            await asyncio.sleep(0)
+        assert [reply.result() for reply in replies] == ["reply"] * 3
+        assert not breaker.is_open

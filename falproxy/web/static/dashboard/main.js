@@ -1,6 +1,7 @@
 /** Entry point of the dashboard: polls the usage every ten seconds while the tab is visible. */
 import { fetchFromProxy, getAccessKey } from "../access_key.js";
 import { byId, el } from "../dom.js";
+import { renderHeader } from "../header.js";
 import { loadProxyInfo, setReachable, startStatusChips } from "../proxy_status.js";
 import { suggestErrors, suggestNames } from "./call_filters.js";
 import { refreshCallList, reload, showCalls, startCallList } from "./call_list.js";
@@ -26,6 +27,7 @@ let previous = { usage: null, performance: null, at: -Infinity };
 start();
 
 function start() {
+  renderHeader("dashboard");
   startFigures();
   startCallList();
   startTimeRange(() => {

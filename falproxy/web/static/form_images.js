@@ -1,0 +1,135 @@
+/**
+ * The image inputs of the form. Images are kept when another model is selected; pasted and dropped
+ * images are accepted anywhere on the page.
+ */
+import { byId } from "./dom.js";
+import { ImageInput } from "./image_inputs.js";
+
+export class FormImages {
+  #inputs = [];
+  #kept = []; // images for which the current model has no room
+  #onChange;
+  #onMissingInput;
+
+  /**
+   * @param {{onChange: () => void, onMissingInput: () => Promise<void>}} actions onMissingInput: an
+   *   image was added, but the model takes none; selects a model that does
+   */
+  constructor({ onChange, onMissingInput }) {
+    this.#onChange = onChange;
+    this.#onMissingInput = onMissingInput;
+    this.#listen();
+  }
+
+  /** @returns {ImageInput[]} */
+  get inputs() {
+    return this.#inputs;
+  }
+
+  /** The images of each input. */
+  get values() {
+    return this.#inputs.map(({ name, isMany, images }) => ({ name, isMany, images }));
+  }
+
+  /** Show the inputs of a model, with the images that were added already as far as there is room. */
+  async setInputs(definitions) {
+    const images = [
+      ...this.#inputs.filter(({ isMask }) => !isMask).flatMap((input) => input.images),
+      ...this.#kept,
+    ];
+    const actions = { onChange: this.#onChange, onDraw: (input) => this.#drawMask(input) };
+    this.#inputs = definitions.map((definition) => new ImageInput(definition, actions));
+    byId("image-inputs").hidden = this.#inputs.length === 0;
+    byId("image-inputs").replaceChildren(...this.#inputs.map((input) => input.element));
+    this.#kept = [];
+    for (const image of images) {
+      const target = this.#inputs.find((input) => !input.isFull && !input.isMask);
+      if (target === undefined) {
+        this.#kept.push(image);
+      } else {
+        await target.addImages([image]);
+      }
+    }
+  }
+
+  /** Replace all images by those of a job. @param {{name: string, images: object[]}[]} values */
+  async setValues(values) {
+    this.#kept = [];
+    const definitions = this.#inputs;
+    this.#inputs = [];
+    await this.setInputs(definitions);
+    for (const { name, images } of values) {
+      const target =
+        this.#inputs.find((input) => input.name === name) ??
+        this.#inputs.find((input) => !input.isFull);
+      await target?.addImages(images);
+    }
+  }
+
+  /** @param {import("./image_upload.js").InputImage} image */
+  async add(image) {
+    await this.#addTo(this.#target(), [image]);
+  }
+
+  async #addTo(target, images) {
+    if (target === undefined) {
+      await this.#onMissingInput();
+      target = this.#target();
+    }
+    const files = images.map(({ file }) => file).filter(Boolean);
+    await target?.addFiles(files);
+    await target?.addImages(images.filter(({ url }) => url !== undefined));
+  }
+
+  #target() {
+    return (
+      this.#inputs.find((input) => input.element.contains(document.activeElement)) ??
+      this.#inputs.find((input) => !input.isFull && !input.isMask) ??
+      this.#inputs[0]
+    );
+  }
+
+  async #drawMask(input) {
+    const base = this.#inputs.find(({ isMask, images }) => !isMask && images.length > 0);
+    if (base === undefined) {
+      input.showProblem("Choose the image first, then draw the mask on it.");
+      return;
+    }
+    const { drawMask } = await import("./mask_dialog.js");
+    const file = await drawMask(base.images[0]);
+    if (file !== null) {
+      await input.addFiles([file]);
+    }
+  }
+
+  #listen() {
+    document.addEventListener("paste", (event) => {
+      const files = [...event.clipboardData.files].filter(({ type }) => type.startsWith("image/"));
+      if (files.length > 0) {
+        event.preventDefault();
+        this.#addTo(
+          this.#target(),
+          files.map((file) => ({ file })),
+        );
+      }
+    });
+    const highlight = (isOn) => byId("job-form").classList.toggle("is-drop-target", isOn);
+    document.addEventListener("dragover", (event) => {
+      event.preventDefault(); // otherwise the browser opens the dropped file
+      highlight(true);
+    });
+    document.addEventListener("dragleave", (event) => highlight(event.relatedTarget !== null));
+    document.addEventListener("dragend", () => highlight(false));
+    document.addEventListener("drop", (event) => {
+      event.preventDefault();
+      highlight(false);
+      const target =
+        this.#inputs.find((input) => input.element.contains(event.target)) ?? this.#target();
+      const files = [...event.dataTransfer.files].map((file) => ({ file }));
+      const url = event.dataTransfer.getData("text/uri-list").split("\n")[0];
+      if (files.length > 0 || url) {
+        this.#addTo(target, files.length > 0 ? files : [{ url }]);
+      }
+    });
+  }
+}
