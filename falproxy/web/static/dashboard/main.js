@@ -1,5 +1,5 @@
 /** Entry point of the dashboard: polls the usage every ten seconds while the tab is visible. */
-import { fetchFromProxy, getAccessKey } from "../access_key.js";
+import { allowPrompt, fetchFromProxy, getAccessKey } from "../access_key.js";
 import { byId, el } from "../dom.js";
 import { renderHeader } from "../header.js";
 import { loadProxyInfo, setReachable, startStatusChips } from "../proxy_status.js";
@@ -175,7 +175,11 @@ function showUpdateTime() {
 
 async function showResponseError(response) {
   if (response.status === 401) {
-    const props = { type: "button", className: "button", onclick: () => refresh(true) };
+    const onclick = () => {
+      allowPrompt();
+      refresh(true);
+    };
+    const props = { type: "button", className: "button", onclick };
     const enterKey = el("button", props, "Enter a key");
     showNotice("warn", "The numbers require an access key. ", enterKey);
     return;
