@@ -61,6 +61,7 @@ bench: .venv/dev .venv/bench/.installed .venv/bench-falproxy/.installed bench/pe
 	$(BIN)/python bench/rehost.py
 	$(BIN)/python bench/layers.py
 	$(BIN)/python bench/submits.py
+	$(BIN)/python bench/dashboard.py
 	$(BIN)/python bench/fast_path.py
 	cd bench && ../.venv/bench/bin/python -m compare --output RESULTS.md
 

@@ -9,6 +9,7 @@ from typing import TypedDict
 from aiohttp import web
 from cachetools import LRUCache
 
+from falproxy.job_times import JobTimes
 from falproxy.version import __version__
 
 # Upper bounds of the buckets in seconds; the last bucket has none.
@@ -50,6 +51,8 @@ class Snapshot(TypedDict):
     limited: calls that a limit refused, by limit and scope, separated by a space.
     budgets: the largest used share of a budget in its current window, by scope.
     dependencies: 1 or 0 by name, whether the last use of a service or store succeeded.
+    changes: when a dependency last failed or recovered, in seconds since 1970, by name.
+    last_errors: code or message of the last error of a dependency, by name.
     breakers: 1 or 0 by host of fal, whether its backup host is used.
     health: numbers by their names in HEALTH.
     process: memory, CPU time and open files, by Prometheus's names.
@@ -69,6 +72,8 @@ class Snapshot(TypedDict):
     limited: dict[str, int]
     budgets: dict[str, float]
     dependencies: dict[str, int]
+    changes: dict[str, float]
+    last_errors: dict[str, str]
     breakers: dict[str, int]
     health: dict[str, int]
     process: dict[str, float]
@@ -122,6 +127,7 @@ class Metrics:
     def __init__(self) -> None:
         self.in_progress = 0
         self.connections = 0
+        self.job_times = JobTimes()
         self._closed_connections: Counter[str] = Counter()
         self._requests: dict[tuple[str, int, str], int] = {}
         self._own: dict[str, Histogram] = {}
@@ -134,8 +140,12 @@ class Metrics:
         # By scope and subject: the used share, and the time at which its window ends.
         self._budgets: LRUCache[tuple[str, str], tuple[float, float]] = LRUCache(BUDGETS_MAX)
         self._is_fal_up = True
+        self._fal_error: str | None = None
+        self._states: dict[str, bool] = {}
+        self._changes: dict[str, float] = {}
         # Read when the metrics are; calls do not pay for them.
         self.dependencies: dict[str, Callable[[], bool]] = {"fal": lambda: self._is_fal_up}
+        self.last_errors: dict[str, Callable[[], str | None]] = {"fal": lambda: self._fal_error}
         self.breakers: dict[str, Callable[[], bool]] = {}
         self.health: dict[str, Callable[[], int]] = {}
 
@@ -164,7 +174,7 @@ class Metrics:
 
     def record_error(self, code: str) -> None:
         if code in FAL_DOWN_ERRORS:
-            self._is_fal_up = False
+            self._is_fal_up, self._fal_error = False, code
         has_room = len(self._errors) < ERROR_CODES_MAX and len(code) <= ERROR_CODE_LENGTH_MAX
         is_known = code in self._errors or has_room
         self._errors[code if is_known else OTHER_ERROR] += 1
@@ -200,7 +210,19 @@ class Metrics:
             shares[scope] = max(shares.get(scope, 0.0), share if ends_at > now else 0.0)
         return shares
 
+    def observe_dependencies(self) -> dict[str, int]:
+        """Return the states of the dependencies, and record which have changed since the last
+        time."""
+        for name, is_up in self.dependencies.items():
+            state = is_up()
+            if self._states.get(name, True) != state:
+                self._changes[name] = time.time()
+            self._states[name] = state
+        return {name: int(state) for name, state in self._states.items()}
+
     def snapshot(self) -> Snapshot:
+        dependencies = self.observe_dependencies()
+        last_errors = {name: read() for name, read in self.last_errors.items()}
         return {
             "version": __version__,
             "in_progress": self.in_progress,
@@ -218,7 +240,9 @@ class Metrics:
             "saved": dict(self._saved),
             "limited": dict(self._limited),
             "budgets": self._budget_shares(),
-            "dependencies": {name: int(is_up()) for name, is_up in self.dependencies.items()},
+            "dependencies": dependencies,
+            "changes": dict(self._changes),
+            "last_errors": {name: text for name, text in last_errors.items() if text},
             "breakers": {host: int(is_open()) for host, is_open in self.breakers.items()},
             "health": {name: read() for name, read in self.health.items()},
             "process": measure_process(),
@@ -268,6 +292,8 @@ def merge_two_snapshots(one: Snapshot, other: Snapshot) -> Snapshot:
         "limited": add_counters(one["limited"], other["limited"]),
         "budgets": largest_values(one["budgets"], other["budgets"]),
         "dependencies": merge_values(min, one["dependencies"], other["dependencies"]),
+        "changes": merge_changes(one, other),
+        "last_errors": {**one["last_errors"], **other["last_errors"]},
         "breakers": merge_values(max, one["breakers"], other["breakers"]),
         "health": merge_health(one["health"], other["health"]),
         "process": add_process_metrics(one["process"], other["process"]),
@@ -289,6 +315,22 @@ def merge_values(
     return {**one, **other, **both}
 
 
+def merge_changes(one: Snapshot, other: Snapshot) -> dict[str, float]:
+    """Return when each dependency failed first in one of the processes; if it works in all, when it
+    recovered last."""
+    both, single = {**one["changes"], **other["changes"]}, {}
+    for name in one["changes"].keys() & other["changes"].keys():
+        times = [
+            each["changes"][name]
+            for each in (one, other)
+            if each["dependencies"].get(name)
+            == min(one["dependencies"].get(name, 1), other["dependencies"].get(name, 1))
+        ]
+        is_up = one["dependencies"].get(name) and other["dependencies"].get(name)
+        single[name] = max(times, default=0.0) if is_up else min(times, default=0.0)
+    return {**both, **single}
+
+
 def merge_health(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
     sums, largest = add_counters(one, other), merge_values(max, one, other)
     return {name: sums[name] if HEALTH[name] else largest[name] for name in sums}
@@ -303,6 +345,8 @@ def counters_of(snapshot: Snapshot) -> Snapshot:
         "connections": 0,
         "budgets": {},
         "dependencies": {},
+        "changes": {},
+        "last_errors": {},
         "breakers": {},
         "health": {
             name: value for name, value in snapshot["health"].items() if name in HEALTH_COUNTERS

@@ -70,6 +70,7 @@ from falproxy.middleware.access_log import (
 )
 from falproxy.middleware.accounting import account_calls
 from falproxy.middleware.idempotency import add_replayed_header
+from falproxy.middleware.observe_jobs import observe_jobs
 from falproxy.proxy.client_address import TRUSTED_PROXIES
 from falproxy.proxy.forward import DirectWrite
 from falproxy.proxy.head_only import is_head_only
@@ -214,6 +215,7 @@ def add_proxy(
             calls,
             [account_calls(ledger_writer, prices, metrics)],
             open_live(app, settings, calls, prices, is_locked=is_locked),
+            [observe_jobs(metrics.job_times)],
         ),
     )
     watch_health(app, settings, calls, ledger_writer)

@@ -1,18 +1,20 @@
 """States of the services and stores that the proxy depends on, for its metrics."""
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 
 from aiohttp import web
 
 from falproxy.app.pipeline import CallResources
-from falproxy.metrics import METRICS
+from falproxy.concurrency import cancel_tasks
+from falproxy.metrics import METRICS, Metrics
 from falproxy.proxy.upstream import BACKUP_HOSTS, UPSTREAM
 from falproxy.settings import Settings
 from falproxy.stores.ledger.writer import LedgerWriter
 
 State = tuple[str, Callable[[], bool]]
+OBSERVE_INTERVAL = 5.0  # seconds between two looks at the states, for the times of their changes
 
 
 def watch_health(
@@ -25,9 +27,12 @@ def watch_health(
         "ledger": lambda: not writer.is_down,
         **dict(store_states(calls)),
     }
+    metrics.last_errors["ledger"] = lambda: writer.last_error
     for name, (role, is_used) in service_roles(settings).items():
         if is_used and role in metrics.dependencies:
             metrics.dependencies[name] = metrics.dependencies[role]
+            if role in metrics.last_errors:
+                metrics.last_errors[name] = metrics.last_errors[role]
     metrics.health |= {
         "ledger_backlog_rows": lambda: writer.pending_rows,
         "ledger_dropped_rows": lambda: writer.dropped,
@@ -37,6 +42,20 @@ def watch_health(
     }
     if settings.upstream.origin is None:
         metrics.breakers |= {host: partial(is_open, app, host) for host in BACKUP_HOSTS}
+    app.cleanup_ctx.append(observe_states)
+
+
+async def observe_states(app: web.Application) -> AsyncIterator[None]:
+    """Cleanup context: record when dependencies fail and recover, even if no metrics are read."""
+    task = asyncio.ensure_future(observe_repeatedly(app[METRICS]))
+    yield
+    await cancel_tasks([task])
+
+
+async def observe_repeatedly(metrics: Metrics) -> None:
+    while True:
+        metrics.observe_dependencies()
+        await asyncio.sleep(OBSERVE_INTERVAL)
 
 
 def store_states(calls: CallResources) -> Iterator[State]:

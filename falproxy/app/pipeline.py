@@ -255,9 +255,11 @@ def call_pipeline(
     resources: CallResources,
     accounting: Sequence[Middleware] = (),
     live: CreateLivePipeline | None = None,
+    polls: Sequence[Middleware] = (),
 ) -> Handler:
     """Return the handler that forwards a call to fal, inside the middleware of its operation.
 
+    polls: the middleware of status polls.
     live: creates the pipeline of live video, when the first call needs it.
 
     Status polls only pass the middleware of virtual requests: the rest acts on jobs and results.
@@ -295,7 +297,7 @@ def call_pipeline(
     post = [*first, *outer, *virtual, *tags, image_check, *caching, *inner]
     handlers = {
         "post": compose(post, forward),
-        "poll": compose(virtual, forward),
+        "poll": compose([*virtual, *polls], forward),
         "other": compose([*outer, *virtual, *settlement], forward),
     }
     for name, handler in handlers.items():

@@ -47,8 +47,9 @@ if TYPE_CHECKING:
     from falproxy.dialects.queue_client import WaitPolicy
     from falproxy.fal.registry import Kind, Registry
     from falproxy.middleware.rehost import RehostConfig
+    from falproxy.web.calls import CallHandlers
     from falproxy.web.keys import KeyHandlers
-    from falproxy.web.usage import UsageHandlers
+    from falproxy.web.usage import UsageHandlers, Visibility
 
 T = TypeVar("T")
 Routes = Mapping[str, DialectRoute]
@@ -333,24 +334,43 @@ def add_usage(
 def usage_handlers(
     app: web.Application, settings: Settings, ledger: Ledger, *, is_locked: bool
 ) -> dict[str, Handler]:
-    """Return the handlers of `/api/usage` and `/metrics`, which are imported on first use."""
+    """Return the handlers of `/api/usage`, the paths below it and `/metrics`, which are imported on
+    first use."""
 
-    def create_handlers() -> "UsageHandlers":
-        from falproxy.web.usage import UsageHandlers, Visibility
+    def create_visibility() -> "Visibility":
+        from falproxy.web.usage import Visibility
 
         callers = frozenset(settings.auth.names_by_secret.values())
-        visibility = Visibility(is_locked, settings.auth.admins, callers, app.get(KNOWN_KEYS))
-        return UsageHandlers(ledger, app[METRICS], visibility)
+        return Visibility(is_locked, settings.auth.admins, callers, app.get(KNOWN_KEYS))
 
-    usage = Lazy(create_handlers)
+    def create_handlers() -> "UsageHandlers":
+        from falproxy.web.usage import UsageHandlers
 
-    async def get_usage(request: web.Request) -> web.StreamResponse:
-        return await (await usage.get()).get_usage(request)
+        return UsageHandlers(ledger, app[METRICS], create_visibility())
 
-    async def get_metrics(request: web.Request) -> web.StreamResponse:
-        return await (await usage.get()).get_metrics(request)
+    def create_call_handlers() -> "CallHandlers":
+        from falproxy.web.calls import CallHandlers
 
-    return {"/api/usage": get_usage, "/metrics": get_metrics}
+        return CallHandlers(ledger, app[METRICS], create_visibility())
+
+    usage, calls = Lazy(create_handlers), Lazy(create_call_handlers)
+    return {
+        "/api/usage": lazy_method(usage, "get_usage"),
+        "/api/usage/calls": lazy_method(calls, "get_calls"),
+        "/api/usage/performance": lazy_method(calls, "get_performance"),
+        "/api/usage/state": lazy_method(calls, "get_state"),
+        "/metrics": lazy_method(usage, "get_metrics"),
+    }
+
+
+def lazy_method(handlers: Lazy[T], name: str) -> Handler:
+    """Return a handler that calls a method of an object, which is created on first use."""
+
+    async def call_method(request: web.Request) -> web.StreamResponse:
+        handler: Handler = getattr(await handlers.get(), name)
+        return await handler(request)
+
+    return call_method
 
 
 def add_keys(

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import partial
@@ -10,19 +10,21 @@ from typing import NamedTuple
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
-from cachetools import FIFOCache
 
 from falproxy.errors import ProxyError
 from falproxy.fal.estimates import call_inputs
 from falproxy.fal.policy import is_model_call, model_of
-from falproxy.fal.pricing import charged_cost, cost_from_sizes, format_usd, parse_units
+from falproxy.fal.pricing import charged_cost, cost_from_sizes, parse_units
 from falproxy.fal.results import image_sizes, parse_result_images
 from falproxy.fal.target import Operation
 from falproxy.ids import IdGenerator, new_id, time_ordered_id
+from falproxy.job_times import JobTime
 from falproxy.json_object import parse_object
 from falproxy.metrics import Metrics
 from falproxy.middleware.access_log import CLIENT_CLOSED_REQUEST
 from falproxy.middleware.cache_policy import CACHED_RESULT
+from falproxy.middleware.charges import Charge, CostHeaders, PendingCharges, format_cost_headers
+from falproxy.middleware.error_types import find_error_type
 from falproxy.proxy.call import (
     CACHE_OUTCOME,
     CALL,
@@ -38,7 +40,7 @@ from falproxy.proxy.call import (
 from falproxy.proxy.forward import RelayedResponse, add_headers
 from falproxy.proxy.head_only import any_request_id
 from falproxy.proxy.local_responses import FAL_REQUEST_ID, LocalDocument
-from falproxy.proxy.prices import COST_HEADER, SAVED_HEADER, PriceBook
+from falproxy.proxy.prices import PriceBook
 from falproxy.stores.cache import CachedResult
 from falproxy.stores.cache.virtual_requests import is_virtual_id
 from falproxy.stores.ledger import FREE_OUTCOMES, CallRecord, Outcome
@@ -50,11 +52,9 @@ UNITS_HEADER = "x-fal-billable-units"
 NOT_JOB_STATUSES = (401, 403, 404, 405)
 AMBIGUOUS_STATUS = 400
 FINAL_HEADERS = (UNITS_HEADER, "x-fal-error-type", "x-fal-retryable")
-PENDING_CHARGES_MAX = 50_000
 # After these errors fal may have processed the call, and charges it.
 POSSIBLY_PAID_ERRORS = ("upstream_broken", "upstream_timeout")
 
-CostHeaders = tuple[tuple[str, str], ...]
 # Error, cache, units, estimated.
 RecordDetails = tuple[str | None, str | None, Decimal | None, int | None]
 
@@ -68,42 +68,6 @@ class RecordContext(NamedTuple):
     operation: str
     endpoint: str | None
     query: str = ""
-
-
-@dataclass(slots=True)
-class Charge:
-    """The cost of one call, added to the metrics once. Amounts are micro-USD.
-
-    estimated: None if it is unknown.
-    saved: price of the cached result that the call got.
-    """
-
-    endpoint: str
-    prices: PriceBook
-    metrics: Metrics
-    estimated: int | None = None
-    saved: int | None = None
-    is_paid: bool = False
-
-    def settle(
-        self, units: Decimal | None, status: int, document: bytes | None = None
-    ) -> int | None:
-        """Return the cost; None if it is unknown.
-
-        document: a result of unknown units, whose images are counted.
-        """
-        price = self.prices.known(self.endpoint)
-        settled = charged_cost(price, units, status)
-        if settled is None and units is None and document is not None:
-            settled = cost_from_sizes(price, image_sizes(parse_result_images(document)))
-        if settled and not self.is_paid:
-            self.is_paid = True
-            self.metrics.record_cost(self.endpoint, settled)
-        return settled
-
-    def when_priced(self, settle: Callable[[], None]) -> None:
-        """Ask for the price, and call a function when it is known."""
-        self.prices.refresh_soon(self.endpoint, settle)
 
 
 def account_calls(writer: LedgerWriter, prices: PriceBook, metrics: Metrics) -> Middleware:
@@ -123,7 +87,7 @@ def account_calls(writer: LedgerWriter, prices: PriceBook, metrics: Metrics) -> 
             request_id = call.target.request_id or ""
             if is_final(response):
                 job_end = JobEnd(request_id, response, pending_charges.find(request_id))
-                job_end.record(writer)
+                await job_end.record(writer, response, metrics.job_times.pop(request_id))
                 add_headers(response, job_end.cost_headers())
             return response
         if not is_model_call(call.method, call.target):
@@ -173,6 +137,11 @@ async def handle_recorded(
         raise
     record.inputs = request.get(PRICED_INPUTS)
     upstream = request.get(UPSTREAM_SECONDS, 0.0)
+    if response.status >= AMBIGUOUS_STATUS:
+        # The headers are dropped before the body has been relayed.
+        request_id = upstream_headers(response).get(FAL_REQUEST_ID)
+        complete_error = partial(record.complete_error, response.status, request_id)
+        record.error_type = await find_error_type(response, complete_error)
     cost_headers = record.complete(
         response.status,
         upstream_headers(response),
@@ -190,30 +159,8 @@ def cache_details(request: web.Request, record: "OpenRecord") -> tuple[str | Non
     return request.get(CACHE_OUTCOME), None if cached is None else record.saved_cost(cached)
 
 
-def format_cost_headers(cost: int | None, saved: int | None = None) -> CostHeaders:
-    amounts = ((COST_HEADER, cost), (SAVED_HEADER, saved))
-    return tuple((name, format_usd(amount)) for name, amount in amounts if amount is not None)
-
-
 def upstream_headers(response: web.StreamResponse) -> Mapping[str, str]:
     return response.upstream_headers if isinstance(response, RelayedResponse) else response.headers
-
-
-class PendingCharges:
-    """Recent submits by request id. Their cost is known with the result, whose URL does not contain
-    the full endpoint id."""
-
-    def __init__(self) -> None:
-        self._charges: FIFOCache[str, Charge] = FIFOCache(PENDING_CHARGES_MAX)
-
-    def __repr__(self) -> str:
-        return f"<PendingCharges {len(self._charges)}>"
-
-    def add(self, request_id: str, charge: Charge) -> None:
-        self._charges[request_id] = charge
-
-    def find(self, request_id: str) -> Charge | None:
-        return self._charges.get(request_id)
 
 
 def is_final(response: web.StreamResponse) -> bool:
@@ -243,6 +190,8 @@ class JobEnd:
         self._charge = charge
         self._units: Decimal | None = None
         self._settled: int | None = 0
+        self._error_type: str | None = None
+        self._job_time: JobTime | None = None
         if is_virtual_id(request_id):
             return
         self._units = parse_units(response.headers.get(UNITS_HEADER))
@@ -257,8 +206,18 @@ class JobEnd:
     def __repr__(self) -> str:
         return f"<JobEnd {self._request_id}, status {self._status}>"
 
-    def record(self, writer: LedgerWriter) -> None:
-        """Write the outcome to the ledger, and its cost later if the price is not known yet."""
+    async def record(
+        self, writer: LedgerWriter, response: web.StreamResponse, job_time: JobTime
+    ) -> None:
+        """Write the outcome to the ledger, and its cost and error later if they are not known
+        yet."""
+        self._job_time = job_time
+
+        def record_error_type(error_type: str) -> None:
+            self._error_type = error_type
+            self._write(writer)
+
+        self._error_type = await find_error_type(response, record_error_type)
         self._write(writer)
         if self._charge is not None and self._settled is None and self._units is not None:
             self._charge.when_priced(partial(self._settle_late, writer, self._charge))
@@ -277,12 +236,16 @@ class JobEnd:
             self._write(writer)
 
     def _write(self, writer: LedgerWriter) -> None:
+        job_time = self._job_time
         writer.enqueue(
             Outcome(
                 request_id=self._request_id,
                 status=self._status,
                 units=self._units,
                 settled=self._settled,
+                error_type=self._error_type,
+                ended_at=None if job_time is None else job_time.ended_at,
+                run_seconds=None if job_time is None else job_time.run_seconds,
             )
         )
 
@@ -317,6 +280,7 @@ RECORD_TEMPLATE = web.RequestKey("falproxy.record_template", RecordTemplate)
 class OpenRecord:
     """The record of a running call. One of `complete`, `fail` and `client_left` writes it.
 
+    error_type: type of fal's error, if its response has begun with it.
     inputs: those that the price depends on; None if they are unknown.
     proxy_request_id: as in the access log.
     """
@@ -327,6 +291,7 @@ class OpenRecord:
         "_placeholder_id",
         "_started",
         "_template",
+        "error_type",
         "inputs",
         "proxy_request_id",
     )
@@ -335,6 +300,7 @@ class OpenRecord:
         self._template = template
         self.inputs: Mapping[str, object] | None = None
         self.proxy_request_id: str | None = None
+        self.error_type: str | None = None
         self._charge = Charge(template.endpoint, template.prices, template.metrics)
         self._placeholder_id: str | None = None  # used if fal's request id is not received
         self._created_at, self._started = time.time(), time.perf_counter()
@@ -423,6 +389,12 @@ class OpenRecord:
         )
         self._template.writer.enqueue(outcome)
 
+    def complete_error(self, status: int, request_id: str | None, error_type: str) -> None:
+        """Write the type of an error that was in the body of fal's response."""
+        if request_id is not None:
+            outcome = Outcome(request_id=request_id, status=status, error_type=error_type)
+            self._template.writer.enqueue(outcome)
+
     def saved_cost(self, cached: CachedResult) -> int | None:
         """Return the price of a cached result, in micro-USD."""
         price = self._template.prices.known(self._template.endpoint)
@@ -469,6 +441,7 @@ class OpenRecord:
                 estimated=estimated,
                 settled=settled,
                 proxy_request_id=self.proxy_request_id,
+                error_type=self.error_type,
             )
         )
 

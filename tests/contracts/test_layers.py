@@ -40,6 +40,7 @@ ROWS = (
         "concurrency",
         "errors",
         "ids",
+        "job_times",
         "json_object",
         "log",
         "metrics",

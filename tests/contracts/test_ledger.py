@@ -30,12 +30,14 @@ from falproxy.stores.ledger import (
     new_job_id,
     position_of,
 )
+from falproxy.stores.ledger.call_list import CallQuery, list_calls
 from falproxy.stores.ledger.database import LedgerDatabase
 from falproxy.stores.ledger.postgres import postgres_ledger
 from falproxy.stores.ledger.schema import Schema, SqlDialect
 from falproxy.stores.ledger.sqlite import sqlite_ledger
 from falproxy.stores.ledger.statements import LEDGER_SCHEMA
 from falproxy.stores.ledger.writer import LedgerWriter
+from tests.support.ledger_schema import UNDO_CALL_TIMES
 from tests.support.store_processes import StoreProcesses
 
 LEASE_SECONDS = 0.2
@@ -230,6 +232,18 @@ async def test_a_success_replaces_a_failure_and_is_final(ledger: Ledger) -> None
     (latest,) = await ledger.latest(ALL)
     assert (latest.status, latest.error, latest.settled) == (200, None, None)
     assert (await grand_total(ledger)).spent == 5
+
+
+@pytest.mark.parametrize("is_early", [True, False], ids=["before its record", "after it"])
+async def test_the_first_times_of_an_outcome_are_kept(ledger: Ledger, is_early: bool) -> None:
+    submit = record(id="c", request_id="r", operation="submit")
+    ended = Outcome(request_id="r", status=200, ended_at=NOON + 3, run_seconds=2.5)
+    again = Outcome(request_id="r", status=200, ended_at=NOON + 60)
+    rows: list[CallRecord | Outcome] = [submit, ended, again]
+    for row in rows[1:] + rows[:1] if is_early else rows:
+        await ledger.write([row])
+    ((call,), _) = await list_calls(ledger, CallQuery(), 10)
+    assert (call.ended_at, call.run_seconds) == (NOON + 3, 2.5)
 
 
 AMOUNTS = [
@@ -636,6 +650,7 @@ async def test_a_ledger_of_the_first_version_is_migrated(processes: Processes) -
     async with processes.make() as first:
         await first.write([FULL])
         for statement in (
+            *UNDO_CALL_TIMES,
             "ALTER TABLE falproxy_entries DROP COLUMN proxy_request_id",
             "DROP INDEX falproxy_jobs_by_owner",
             "ALTER TABLE falproxy_jobs DROP COLUMN api",

@@ -23,6 +23,7 @@ from falproxy.stores.ledger.postgres import postgres_ledger
 from falproxy.stores.ledger.schema import Schema
 from falproxy.stores.ledger.sqlite import sqlite_ledger
 from falproxy.stores.ledger.statements import LEDGER_SCHEMA
+from tests.support.ledger_schema import UNDO_CALL_TIMES
 from tests.support.store_processes import StoreProcesses
 
 HOUR, DAY = 3600.0, 86400.0
@@ -183,6 +184,7 @@ async def test_records_from_before_the_migration_are_summed(processes: Processes
         await first.write([record(START), record(START + DAY)])
         for statement in (
             "DELETE FROM falproxy_open_periods",
+            *UNDO_CALL_TIMES,
             "UPDATE falproxy_ledger SET version = 3",
         ):
             await execute(first, statement)
@@ -198,7 +200,8 @@ async def test_operations_do_not_wait_for_a_long_migration(
     """It goes on after the operation that started it has failed."""
     async with processes.make() as first:
         await first.write([record(START)])
-        await execute(first, "UPDATE falproxy_ledger SET version = 3")
+        for statement in (*UNDO_CALL_TIMES, "UPDATE falproxy_ledger SET version = 3"):
+            await execute(first, statement)
     async with processes.make() as second:
         slow = second._database  # type: ignore[attr-defined]
         slow._writer._timeout = 0.2

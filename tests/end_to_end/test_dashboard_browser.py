@@ -111,8 +111,35 @@ async def test_the_numbers_equal_those_of_the_command_line_and_the_metrics(
         "fal-ai/flux/dev": ["2", "1", NONE, "$0.025", "$0.00"],
     }
     assert {row[0] for row in shown["live"]} == {"run", "all"}
-    assert [row[2] for row in shown["latest"]] == ["200", "200", "422", "200"]
+    failed = "422 content_policy_violation"
+    assert [row[2] for row in shown["latest"]] == ["200", "200", failed, "200"]
     assert not shown["isEmpty"]
+    assert all(" ms" in text or " s" in text for text in shown["tiles"]["latency"][:1])
+    assert shown["tiles"]["in-flight"][0] == "0"
+    assert any(text.startswith("fal.ai") and "works" in text for text in shown["states"])
+
+
+async def test_a_failure_leads_to_its_calls_and_their_details(tmp_path: Path) -> None:
+    async with open_running_proxy(tmp_path) as place:
+        await call_all(place)
+        shown = await visit(place.origin)
+    ((status, error, calls, before, *_),) = shown["failures"]
+    assert (status, calls, before) == ("422", "1", "new")
+    assert error.split() == ["content_policy_violation", "fal-ai/flux/dev"]
+    listed = shown["list"]
+    assert listed["violations"] == []
+    assert listed["filtered"] == ["422 content_policy_violation"]
+    for part in ("status=422", "error=content_policy_violation", "endpoint=fal-ai%2Fflux%2Fdev"):
+        assert part in listed["url"]
+        assert part not in listed["cleared"]
+    assert listed["expanded"] == "true"
+    assert listed["steps"] == ["Received", "Sent to fal.ai", "Failed with content_policy_violation"]
+    assert listed["copied"] in listed["facts"]
+    head, row, rest = listed["csv"].split("\r\n")
+    assert head.startswith("at,endpoint,operation,status,error,")
+    assert ",fal-ai/flux/dev,run,422,content_policy_violation," in row
+    assert listed["copied"] in row
+    assert rest == ""
 
 
 async def test_a_chart_is_read_by_keyboard_and_the_time_range_is_changed(
@@ -185,7 +212,8 @@ async def test_an_admin_creates_rotates_and_revokes_a_key(tmp_path: Path) -> Non
         assert keys[step]["clipboard"] == keys[step]["secret"]
     assert keys["created"]["secret"] != keys["rotated"]["secret"]
     *before, last = keys["tables"]
-    limits = ["active", "60/minute", "8", "$5.00/day", "fal-ai/flux*, fal-ai/kling/**", "never"]
+    budget = "$5.00/day\n$0.00 spent"
+    limits = ["active", "60/minute", "8", budget, "fal-ai/flux*, fal-ai/kling/**", "never"]
     assert [rows[1][:7] for rows in before] == [["web", *limits]] * 3
     assert [row[0] for row in last] == ["batch"]
     assert not keys["isSecretLeft"]

@@ -21,7 +21,7 @@ async function visit(page) {
   page.on("request", (request) => {
     const url = new URL(request.url());
     origins.add(url.origin);
-    if (url.pathname.endsWith("/api/usage")) {
+    if (url.pathname.endsWith("/api/usage") && !url.searchParams.has("until")) {
       usageQueries.push(url.search);
     }
   });
@@ -44,6 +44,7 @@ async function visit(page) {
   await checkWidths(page);
   result.chart = await readChart(page);
   result.pause = await pauseUpdates(page);
+  result.list = await readCalls(page);
   await page.getByRole("radio", { name: "Hour" }).check({ force: true });
   await waitForRange(page, "hour");
   result.hour = await readNumbers(page);
@@ -129,8 +130,8 @@ async function waitForRange(page, range) {
 
 async function readNumbers(page) {
   const tiles = {};
-  for (const id of ["calls", "errors", "hits", "spent", "saved", "latency"]) {
-    tiles[id] = await page.locator(`#${id} dd`).allInnerTexts();
+  for (const id of ["calls", "errors", "hits", "spent", "saved", "latency", "in-flight"]) {
+    tiles[id] = await page.locator(`#${id} dd`).allTextContents();
   }
   const rows = (id) =>
     page.locator(`#${id} tbody tr`).evaluateAll((elements) =>
@@ -146,6 +147,8 @@ async function readNumbers(page) {
     users: await rows("users"),
     live: await rows("live"),
     latest: await rows("latest"),
+    failures: await rows("failures"),
+    states: await page.locator("#state li").allInnerTexts(),
     points: await page.locator("#calls-chart tbody tr").count(),
   };
 }
@@ -164,6 +167,47 @@ async function readChart(page) {
   }
   const tooltip = await page.locator("#calls-chart .tooltip").innerText();
   return { announced, tooltip };
+}
+
+/** Filter the list of calls by the first failure, read a detail by keyboard, and export the calls. */
+async function readCalls(page) {
+  const show = page.getByRole("button", { name: /^Show the calls with/ }).first();
+  if ((await show.count()) === 0) {
+    return null;
+  }
+  await show.press("Enter");
+  const chips = page.locator("#latest tbody .chip");
+  await page.waitForFunction(() => document.querySelectorAll("#latest tbody .chip.good").length === 0);
+  const filtered = await chips.allInnerTexts();
+  const url = page.url();
+  const toggle = page.locator("#latest .toggle").first();
+  await toggle.press("Enter");
+  const detail = page.locator("#latest .call-detail");
+  const result = {
+    filtered,
+    url,
+    expanded: await toggle.getAttribute("aria-expanded"),
+    steps: await detail.locator(".timeline li > :first-child").allInnerTexts(),
+    facts: await detail.locator(".facts").innerText(),
+    violations: await violationsInBothSchemes(page),
+  };
+  await detail.getByRole("button", { name: "Copy the Request id (fal.ai)" }).press("Enter");
+  await detail.getByText("Copied").waitFor();
+  result.copied = await page.evaluate(() => navigator.clipboard.readText());
+  const download = page.waitForEvent("download");
+  await page.getByRole("button", { name: "Export CSV" }).press("Enter");
+  result.csv = await readDownload(await download);
+  await page.getByRole("button", { name: "Clear filters" }).press("Enter");
+  await page.locator("#latest tbody .chip.good").first().waitFor();
+  return { ...result, cleared: page.url() };
+}
+
+async function readDownload(download) {
+  const pieces = [];
+  for await (const piece of await download.createReadStream()) {
+    pieces.push(piece);
+  }
+  return Buffer.concat(pieces).toString();
 }
 
 async function pauseUpdates(page) {

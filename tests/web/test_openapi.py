@@ -77,7 +77,7 @@ PUBLIC_OPERATIONS = {
     "createVideo", "listVideos", "getVideo", "deleteVideo", "getVideoContent", "createSpeech",
     "edit", "editMax", "editDev", "createImage", "createImageEdit", "listModels", "getModel",
     "generate", "generateByTemplate", "getJob", "listJobs", "cancelJob", "listTemplates",
-    "listImageModels", "usage", "metrics", "health",
+    "listImageModels", "usage", "calls", "performance", "state", "metrics", "health",
     "healthLive", "healthReady", "getFile", "estimate", "falProxyGet",
     "falProxy", "falProxyCancel", "falRun",
     "falQueueGet", "falQueueSubmit", "falQueueCancel", "falRest",

@@ -17,6 +17,7 @@ from falproxy.middleware.access_log import (
     record_call,
 )
 from falproxy.middleware.accounting import OPEN_RECORD
+from falproxy.middleware.observe_jobs import COMPLETED_STATUS
 from falproxy.proxy.headers import replace_header, serialize_head
 from falproxy.proxy.local_responses import FAL_REQUEST_ID
 from falproxy.proxy.transport import ConnectionLostError
@@ -177,8 +178,10 @@ class InFlightRequest:
         if self._open_record is not None:
             costs = self._open_record.complete(labels.status, response.headers, upstream_seconds)
             head = replace_header(head, COST_PLACEHOLDER, costs)
-        client = self._client
-        client.write_response(head + response.read_nowait())
+        client, body = self._client, response.read_nowait()
+        client.write_response(head + body)
+        if labels.status == COMPLETED_STATUS and ids.fal is not None:
+            self._metrics.job_times.observe(ids.fal, body)
         total = time.perf_counter() - self._started
         if ids.fal is None:
             ids = ids._replace(fal=response.headers.get(FAL_REQUEST_ID))

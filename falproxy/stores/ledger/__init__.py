@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from math import inf
-from typing import Literal, NamedTuple, Protocol, Self
+from typing import Any, Literal, NamedTuple, Protocol, Self
 from uuid import uuid4
 
 from falproxy.fal.results import FalImage
@@ -52,6 +52,7 @@ class CallRecord:
     request_id: fal's id.
     proxy_request_id: the proxy's own id, as in the access log and in `X-Request-ID`.
     error: error code.
+    error_type: type of fal's error, such as `content_policy_violation`.
     cache: hit, miss, collapsed, bypass, or replayed for the response of an earlier call.
     seconds: total duration, in the proxy and at fal.
     units: fal's billable units.
@@ -75,6 +76,7 @@ class CallRecord:
     estimated: int | None = None
     settled: int | None = None
     proxy_request_id: str | None = None
+    error_type: str | None = None
     id: str = field(default_factory=new_id)
 
 
@@ -85,6 +87,11 @@ class Outcome:
     It completes the record with the same request id, in whichever order the two are written. If
     written again, fields that are None keep their value. A success (status below 400) is final, and
     replaces a failure.
+
+    error_type: type of fal's error.
+    ended_at: when the caller could first know of the end, in seconds since 1970; the first value is
+        kept. None leaves the time of the write.
+    run_seconds: time that the job ran at fal, without the time in the queue.
     """
 
     request_id: str
@@ -92,6 +99,9 @@ class Outcome:
     error: str | None = None
     units: Decimal | None = None
     settled: int | None = None
+    error_type: str | None = None
+    ended_at: float | None = None
+    run_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -308,7 +318,14 @@ class Summaries(Protocol):
         these queries; each list has at most `limit` rows. Raises: LedgerError."""
 
 
-class Ledger(CallRecordStore, Jobs, Summaries, Protocol):
+class QueryReader(Protocol):
+    """Runs the queries of `call_list` and `performance`."""
+
+    async def read(self, statement: str, row: Sequence[Any] = ()) -> list[Sequence[Any]]:
+        """Return the rows of one query. Raises: LedgerError."""
+
+
+class Ledger(CallRecordStore, Jobs, Summaries, QueryReader, Protocol):
     """The complete interface. The database is opened by the first operation, and again by later
     ones if that failed."""
 

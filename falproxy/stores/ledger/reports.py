@@ -257,12 +257,16 @@ async def latest_calls(
 
 
 def call_json(record: CallRecord) -> Json:
-    """Return a record without its internal fields, with the cost in USD."""
+    """Return a record without its internal fields, with the cost in USD.
+
+    error: the proxy's error code, or else the type of fal's error.
+    """
     fields_json = asdict(replace(record, units=None))
     spent = record.estimated if record.settled is None else record.settled
     for name in ("id", "user_id", "units", "estimated", "settled"):
         del fields_json[name]
     return fields_json | {
+        "error": record.error or record.error_type,
         "user": record.user_id,
         "at": format_time(record.at),
         "spent": None if spent is None else spent / MICROS_PER_USD,

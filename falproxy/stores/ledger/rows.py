@@ -117,8 +117,11 @@ def record_from_row(row: Row) -> CallRecord:
 
 def outcome_to_row(outcome: Outcome) -> Row:
     values = outcome.status, outcome.error, outcome.units, outcome.settled
+    times = [
+        None if each is None else to_ms(each) for each in (outcome.ended_at, outcome.run_seconds)
+    ]
     # The request id is truncated as that of the record, so that the two still match.
-    return tuple(map(column_value, (outcome.request_id, *values)))
+    return tuple(map(column_value, (outcome.request_id, *values, outcome.error_type, *times)))
 
 
 def query_to_row(query: UsageQuery) -> Row:

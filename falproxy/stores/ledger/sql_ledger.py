@@ -101,6 +101,9 @@ class SqlLedger:
         rows = await self._database.read(SUMMARY_QUERIES[interval], query_to_row(query))
         return summaries_from_rows(rows, interval)
 
+    async def read(self, statement: str, row: Row = ()) -> list[Row]:
+        return await self._database.read(statement, row)
+
     async def sum_periods(self, until: float, limit: int) -> int:
         async def sum_open_periods(connection: DbConnection) -> int:
             await connection.fetch(connection.begin_statement)

@@ -10,7 +10,7 @@ from falproxy.stores.ledger.schema import DialectStatements, Schema
 RECORD_COLUMNS = (
     "id", "at", "route", "status", "principal", "user_id", "operation", "endpoint", "request_id",
     "error", "cache", "seconds", "upstream_seconds", "units", "estimated", "settled",
-    "proxy_request_id",
+    "proxy_request_id", "error_type",
 )  # fmt: skip
 JOB_COLUMNS = (
     "id", "owner", "user_id", "model", "endpoint", "app", "request_id", "key_mark", "status",
@@ -61,6 +61,22 @@ MIGRATIONS: tuple[tuple[str | DialectStatements, ...], ...] = (
         "CREATE INDEX falproxy_jobs_by_owner ON falproxy_jobs (owner, api, created_at, id)",
     ),
     ADD_SUMS,
+    (
+        "ALTER TABLE falproxy_entries ADD COLUMN error_type TEXT",
+        "ALTER TABLE falproxy_outcomes ADD COLUMN error_type TEXT",
+        "ALTER TABLE falproxy_outcomes ADD COLUMN ended_at BIGINT",
+        "ALTER TABLE falproxy_outcomes ADD COLUMN run_ms BIGINT",
+        "ALTER TABLE falproxy_outcomes ADD COLUMN call_at BIGINT",
+        "ALTER TABLE falproxy_outcomes ADD COLUMN endpoint TEXT",
+        "ALTER TABLE falproxy_outcomes ADD COLUMN principal TEXT",
+        "CREATE INDEX falproxy_entries_by_principal ON falproxy_entries (principal, at)",
+        """CREATE INDEX falproxy_entries_failed ON falproxy_entries
+            (at, status, error, error_type, endpoint, principal, request_id)
+            WHERE status >= 400 OR error IS NOT NULL""",
+        """CREATE INDEX falproxy_outcomes_failed ON falproxy_outcomes
+            (call_at, status, error, error_type, endpoint, principal)
+            WHERE status >= 400""",
+    ),
 )
 
 LEDGER_SCHEMA = Schema("falproxy_ledger", MIGRATIONS, TABLES)
@@ -81,16 +97,35 @@ ADD_RECORD = f"""
     VALUES ({placeholders(len(RECORD_COLUMNS))})
     ON CONFLICT (id) DO NOTHING
 """
-OUTCOME_COLUMNS = ("error", "units", "settled")
-# A second outcome fills in values that are NULL. A success replaces all values of a failure.
-MERGE_OUTCOME = ", ".join(
-    f"""{column} = CASE WHEN excluded.status < 400 AND falproxy_outcomes.status >= 400
-        THEN excluded.{column} ELSE COALESCE(excluded.{column}, falproxy_outcomes.{column}) END"""
-    for column in OUTCOME_COLUMNS
+OUTCOME_COLUMNS = ("error", "units", "settled", "error_type", "ended_at", "run_ms")
+# Copies from the record of a failed job, so that failures can be read without it. NULL
+# if it is not written yet, or has failed itself.
+CALL_COLUMNS = {"call_at": "at", "endpoint": "endpoint", "principal": "principal"}
+# Columns whose first value is kept.
+FIRST_VALUES = ("ended_at", "run_ms", *CALL_COLUMNS)
+
+
+def merged_outcome(column: str) -> str:
+    """Return the assignment of a column for a second outcome. It fills in values that are NULL; a
+    success replaces all values of a failure."""
+    old, new = f"falproxy_outcomes.{column}", f"excluded.{column}"
+    known = f"{old}, {new}" if column in FIRST_VALUES else f"{new}, {old}"
+    return f"""{column} = CASE WHEN excluded.status < 400 AND falproxy_outcomes.status >= 400
+        THEN {new} ELSE COALESCE({known}) END"""
+
+
+MERGE_OUTCOME = ", ".join(map(merged_outcome, (*OUTCOME_COLUMNS, *CALL_COLUMNS)))
+COPIED_VALUES = ", ".join(
+    f"""CASE WHEN CAST($2 AS BIGINT) >= 400 THEN (
+        SELECT {column} FROM falproxy_entries
+        WHERE request_id = CAST($1 AS TEXT) AND status < 400 AND error IS NULL LIMIT 1
+    ) END"""
+    for column in CALL_COLUMNS.values()
 )
 ADD_OUTCOME = f"""
-    INSERT INTO falproxy_outcomes (request_id, status, {", ".join(OUTCOME_COLUMNS)}, at)
-    VALUES ($1, $2, $3, $4, $5, NOW)
+    INSERT INTO falproxy_outcomes
+        (request_id, status, {", ".join((*OUTCOME_COLUMNS, *CALL_COLUMNS))}, at)
+    VALUES ({placeholders(len(OUTCOME_COLUMNS) + 2)}, {COPIED_VALUES}, NOW)
     ON CONFLICT (request_id) DO UPDATE SET status = excluded.status, {MERGE_OUTCOME}
     WHERE falproxy_outcomes.status >= 400 OR excluded.status < 400
 """
@@ -107,6 +142,7 @@ FROM_RECORDS = f"""
 MERGED_COLUMNS = {
     "status": "COALESCE(o.status, e.status)",
     "error": "COALESCE(o.error, e.error)",
+    "error_type": "COALESCE(o.error_type, e.error_type)",
     "units": "COALESCE(o.units, e.units)",
     "settled": "COALESCE(o.settled, e.settled)",
 }

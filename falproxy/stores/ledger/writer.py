@@ -63,6 +63,7 @@ class LedgerWriter:
     ) -> None:
         self.ledger = ledger
         self.dropped = 0
+        self.last_error: str | None = None
         self.is_down = False  # True after a failed write, until the next success
         self._retention, self._jobs_retention = retention, jobs_retention
         self._queue_max = queue_max
@@ -203,7 +204,7 @@ class LedgerWriter:
             await asyncio.sleep(seconds if count else SUM_INTERVAL)
 
     def _on_failure(self, error: LedgerError) -> None:
-        self.is_down = True
+        self.is_down, self.last_error = True, str(error)
         self._has_warned |= self._warn(error)
 
     def _on_success(self) -> None:

@@ -121,7 +121,8 @@ class LatestCall(BaseModel):
     operation: str | None
     endpoint: str | None
     request_id: str | None
-    error: str | None
+    error: str | None = Field(description="The proxy's error code, or else `error_type`.")
+    error_type: str | None = Field(description="The type of fal's error.")
     cache: Literal["hit", "miss", "collapsed", "bypass", "replayed"] | None
     seconds: float
     upstream_seconds: float

@@ -52,10 +52,12 @@ export class Chart {
     const id = `${figure.id}-title`;
     this.graphic = svg("svg", { "aria-hidden": "true", height: HEIGHT });
     this.tooltip = el("p", { className: "tooltip small", hidden: true, "aria-hidden": "true" });
+    this.empty = el("p", { className: "muted empty-chart", hidden: true }, "Nothing in this time range.");
     this.plot = el(
       "div",
       { className: "plot", role: "slider", tabIndex: 0, "aria-labelledby": id, "aria-valuemin": 0 },
       this.graphic,
+      this.empty,
       this.tooltip,
     );
     this.table = el("div", { className: "visually-hidden" });
@@ -157,7 +159,10 @@ export class Chart {
     const { lines, format, isWhole } = this.spec;
     const bars = lines.filter(({ kind }) => kind === "bar");
     const values = (row) => [sumOf(bars, row), ...lines.map(({ value }) => value(row) ?? 0)];
-    this.ticks = axisTicks(Math.max(...this.rows.flatMap(values)), isWhole);
+    const max = Math.max(...this.rows.flatMap(values));
+    this.empty.hidden = max > 0;
+    this.graphic.toggleAttribute("hidden", max === 0); // no axes of nothing
+    this.ticks = axisTicks(max, isWhole);
     const tickLength = Math.max(...this.ticks.map((value) => format(value).length));
     this.left = tickLength * CHARACTER_WIDTH + 10;
     this.plotWidth = Math.max(width - this.left - RIGHT, 1);

@@ -86,3 +86,9 @@ export function formatAxisTime(at, step, span) {
 export function formatTime(at) {
   return at.toLocaleTimeString();
 }
+
+/** A time with its day if that is not today. @param {Date} at */
+export function formatWhen(at) {
+  const isToday = at.toDateString() === new Date().toDateString();
+  return isToday ? at.toLocaleTimeString() : at.toLocaleString(undefined, { ...DAY, ...TIME });
+}

@@ -1,35 +1,37 @@
-/** Entry point of the dashboard: polls `api/usage` every ten seconds while the tab is visible. */
-import { fetchFromProxy, getAccessKey } from "../access_key.js";
+/** Entry point of the dashboard: polls the usage every ten seconds while the tab is visible. */
+import { allowPrompt, fetchFromProxy, getAccessKey } from "../access_key.js";
 import { byId, el } from "../dom.js";
 import { renderHeader } from "../header.js";
 import { loadProxyInfo, setReachable, startStatusChips } from "../proxy_status.js";
+import { suggestErrors, suggestNames } from "./call_filters.js";
+import { refreshCallList, reload, showCalls, startCallList } from "./call_list.js";
+import { showFailures } from "./failures.js";
 import { formatQuantity, formatTime } from "./format.js";
 import { showKeys } from "./keys.js";
+import { showState } from "./state.js";
 import { showTables } from "./tables.js";
-import { showTilesAndCharts } from "./tiles_and_charts.js";
+import { showPerformance, showTilesAndCharts, startFigures } from "./tiles_and_charts.js";
+import { previousQuery, rangeName, rangePhrase, rangeQuery, startTimeRange } from "./time_range.js";
 
 const POLL_INTERVAL = 10_000; // ms
-const SINCE = { hour: "1h", day: "24h", week: "7d", month: "30d" };
+const PREVIOUS_INTERVAL = 120_000; // ms between two requests for the period before
 
-let range = new URLSearchParams(location.search).get("range");
 let pollTimer = null;
 let currentRequest = null; // AbortController
 let isPaused = false;
 let isUnauthorized = false; // polling stops, so that the key dialog does not open again and again
 let updatedAt = null;
 let infoLoaded = null; // promise
+let previous = { usage: null, performance: null, at: -Infinity };
 
 start();
 
 function start() {
   renderHeader("dashboard");
-  range = Object.hasOwn(SINCE, range) ? range : "day";
-  byId("ranges").querySelector(`[value="${range}"]`).checked = true;
-  byId("ranges").addEventListener("change", (event) => {
-    range = event.target.value;
-    const url = new URL(location);
-    url.searchParams.set("range", range);
-    history.replaceState(null, "", url);
+  startFigures();
+  startCallList();
+  startTimeRange(() => {
+    previous = { usage: null, performance: null, at: -Infinity };
     refresh(true);
   });
   byId("pause").addEventListener("click", () => {
@@ -73,15 +75,17 @@ async function refresh(isByUser = false) {
   const controller = new AbortController();
   currentRequest = controller;
   try {
-    const path = `api/usage?since=${SINCE[range]}`;
-    const response = await fetchFromProxy(path, { signal: controller.signal });
+    const signal = controller.signal;
+    const response = await fetchFromProxy(`api/usage?${rangeQuery()}`, { signal });
     if (controller !== currentRequest) {
       return;
     }
     setReachable(true);
     isUnauthorized = response.status === 401 || response.status === 403;
     if (response.ok) {
-      showUsage(await response.json(), isByUser);
+      const usage = await response.json();
+      showUsage(usage, isByUser);
+      await showDetails(usage, signal, isByUser);
     } else {
       await showResponseError(response);
     }
@@ -97,20 +101,69 @@ async function refresh(isByUser = false) {
   }
 }
 
+/** Load what the other parts of the dashboard show. One that fails leaves the others. */
+async function showDetails(usage, signal, isByUser) {
+  const results = await Promise.allSettled([
+    loadPerformance(usage, signal),
+    showState(usage.principal === null, signal),
+    isByUser ? reload() : refreshCallList(),
+  ]);
+  const failed = results.find(({ reason }) => reason !== undefined);
+  if (failed !== undefined) {
+    throw failed.reason;
+  }
+}
+
+async function loadPerformance(usage, signal) {
+  const performance = await fetchDocument(`api/usage/performance?${rangeQuery()}`, signal);
+  if (performance !== null) {
+    showPerformance(performance, previous.performance);
+    showFailures(performance, showCalls);
+    suggestErrors(performance);
+  }
+  if (await loadPrevious(signal)) {
+    showTilesAndCharts(usage, previous.usage);
+    if (performance !== null) {
+      showPerformance(performance, previous.performance);
+    }
+  }
+}
+
+/** Load the numbers of the period before, which change rarely. Return whether they were loaded. */
+async function loadPrevious(signal) {
+  if (Date.now() - previous.at < PREVIOUS_INTERVAL) {
+    return false;
+  }
+  const query = previousQuery();
+  const [usage, performance] = await Promise.all([
+    fetchDocument(`api/usage?by=route&${query}`, signal),
+    fetchDocument(`api/usage/performance?${query}`, signal),
+  ]);
+  previous = { usage, performance, at: Date.now() };
+  return true;
+}
+
+/** Return a document; null if the proxy refuses it, such as a period that is too long. */
+async function fetchDocument(path, signal) {
+  const response = await fetchFromProxy(path, { signal });
+  return response.ok ? response.json() : null;
+}
+
 function showUsage(usage, isByUser) {
   updatedAt = new Date();
   byId("notices").replaceChildren();
   byId("no-calls").hidden = usage.totals.calls > 0;
   byId("scope").textContent =
     usage.principal === null ? "Calls of all callers" : `Your calls, ${usage.principal}`;
-  showTilesAndCharts(usage);
+  showTilesAndCharts(usage, previous.usage);
   showTables(usage);
+  suggestNames(usage);
   infoLoaded.then(() => showKeys(usage));
   showUpdateTime();
-  document.documentElement.dataset.range = range;
+  document.documentElement.dataset.range = rangeName();
   if (isByUser) {
     const calls = formatQuantity(usage.totals.calls, "call");
-    byId("announcer").textContent = `The last ${range}: ${calls}.`;
+    byId("announcer").textContent = `${rangePhrase()}: ${calls}.`;
   }
 }
 
@@ -122,7 +175,11 @@ function showUpdateTime() {
 
 async function showResponseError(response) {
   if (response.status === 401) {
-    const props = { type: "button", className: "button", onclick: () => refresh(true) };
+    const onclick = () => {
+      allowPrompt();
+      refresh(true);
+    };
+    const props = { type: "button", className: "button", onclick };
     const enterKey = el("button", props, "Enter a key");
     showNotice("warn", "The numbers require an access key. ", enterKey);
     return;

@@ -1,6 +1,7 @@
-/** The tables: totals by endpoint, route, caller and user, latency percentiles, and the latest calls. */
+/** The tables: totals by endpoint, route, caller and user, and the latency percentiles. */
 import { byId, el } from "../dom.js";
-import { formatCount, formatDuration, formatPercent, formatTime, formatUsd, NONE } from "./format.js";
+import { addExportButton } from "./csv.js";
+import { formatCount, formatDuration, formatPercent, formatUsd, NONE } from "./format.js";
 
 const TOTALS = [
   ["Errors", (row) => formatCount(row.errors)],
@@ -25,7 +26,21 @@ export function showTables(usage) {
   byId("users-panel").hidden = usage.users.every((row) => row.name === "");
   showTotals("users", "User", usage.users, "no user", usage.principal === null);
   showLatency(usage.live);
-  showLatestCalls(usage.latest);
+  shown = usage;
+  if (!hasExports) {
+    hasExports = true;
+    for (const [id, name] of [["endpoints", "endpoints"], ["routes", "routes"], ["principals", "principals"], ["users", "users"]]) {
+      addExportButton(byId(id).closest("section"), name, () => exportedRows(shown[name] ?? []));
+    }
+  }
+}
+
+let shown = null;
+let hasExports = false;
+const EXPORTED = ["name", "principal", "calls", "errors", "hits", "misses", "spent", "saved", "unpriced", "upstream_seconds", "own_seconds"];
+
+function exportedRows(rows) {
+  return [EXPORTED, ...rows.map((row) => EXPORTED.map((name) => row[name] ?? null))];
 }
 
 /** hasCallers: show the caller who named the user of each row. */
@@ -86,36 +101,14 @@ function showLatency(live) {
   setTable("live", ["Operation", "Requests", ...headings], lines);
 }
 
-function showLatestCalls(calls) {
-  const lines = calls.map((call) => [
-    el("th", { scope: "row" }, formatTime(new Date(call.at))),
-    el("td", { className: "text" }, call.endpoint ?? NONE),
-    el("td", { className: "text" }, statusChip(call)),
-    el("td", { className: "text" }, call.cache ?? NONE),
-    el("td", {}, formatUsd(call.spent)),
-    el("td", {}, formatDuration(call.seconds)),
-    el("td", { className: "text" }, call.principal ?? NONE),
-    el("td", { className: "text" }, call.user ?? NONE),
-    el("td", { className: "text mono" }, call.request_id ?? NONE),
-  ]);
-  const call = ["Time", "Endpoint", "Status", "Cache", "Cost", "Duration"];
-  setTable("latest", [...call, "Caller", "User", "Request id"], lines, [1, 2, 3, 6, 7, 8]);
-}
-
-function statusChip(call) {
-  const hasFailed = call.status >= 400 || call.error !== null;
-  const text = call.error ? `${call.status} ${call.error}` : String(call.status);
-  return el("span", { className: hasFailed ? "chip bad" : "chip good" }, text);
-}
-
 /** textColumns: indexes of the columns that are aligned left, besides the first. */
-export function setTable(id, headings, lines, textColumns = []) {
+export function setTable(id, headings, lines, textColumns = [], emptyText = "Nothing yet.") {
   const head = headings.map((name, n) =>
     el("th", { scope: "col", className: n === 0 || textColumns.includes(n) ? "text" : "" }, name),
   );
   const container = byId(id);
   if (lines.length === 0) {
-    container.replaceChildren(el("p", { className: "muted" }, "Nothing yet."));
+    container.replaceChildren(el("p", { className: "muted" }, emptyText));
     return;
   }
   const rows = lines.map((cells) => el("tr", {}, ...cells));

@@ -1,0 +1,14 @@
+"""Statements that undo migrations of the ledger, for tests that apply them again."""
+
+# Of the times and the types of errors of jobs.
+UNDO_CALL_TIMES = (
+    *(
+        f"DROP INDEX falproxy_{name}"
+        for name in ("entries_by_principal", "entries_failed", "outcomes_failed")
+    ),
+    *(
+        f"ALTER TABLE falproxy_outcomes DROP COLUMN {name}"
+        for name in ("error_type", "ended_at", "run_ms", "call_at", "endpoint", "principal")
+    ),
+    "ALTER TABLE falproxy_entries DROP COLUMN error_type",
+)
