@@ -7,7 +7,13 @@ from typing import Self, TypeVar
 
 from falproxy.concurrency import cancel_tasks, close_within, wait_while_responsive
 from falproxy.state_log import StateLog
-from falproxy.stores.cache import CacheStore, RejectedResultError, StoreContent, StoreError
+from falproxy.stores.cache import (
+    CacheStore,
+    RejectedResultError,
+    ReportingStore,
+    StoreContent,
+    StoreError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +45,7 @@ class StoreBreaker:
 
     on_recovered: coroutine functions that run when the store works again.
     on_emptied: coroutine functions that run when the store has lost its content.
+    unwritten_counts: return how many entries are held in memory that the store does not have.
     """
 
     def __init__(self, store: CacheStore) -> None:
@@ -46,7 +53,12 @@ class StoreBreaker:
         self.on_recovered: list[Callable[[], Coroutine[object, object, None]]] = []
         self.on_emptied: list[Callable[[], Coroutine[object, object, None]]] = []
         self._content_id: str | None = None  # of the last successful probe
+        self.unwritten_counts: list[Callable[[], int]] = []
+        if isinstance(store, ReportingStore):
+            store.has_unwritten = self._has_unwritten
         self._complete_at = float("-inf")  # by the clock of the event loop
+        # When no process held entries that the store does not have; known from the first probe on.
+        self._all_written_at = float("inf")
         self._slow_probes = 0
         self._is_open = False
         self._state_log = StateLog(logger)
@@ -72,14 +84,23 @@ class StoreBreaker:
         """False while other processes may have entries in memory that are not in the store."""
         return not self._is_open and asyncio.get_running_loop().time() >= self._complete_at
 
-    async def check_complete(self) -> bool:
-        """Return `is_complete`. A local store, which is not probed all the time, is probed now.
+    def is_complete_since(self, time: float) -> bool:
+        """Return whether the store is complete, and no process has had other entries since a time
+        by the clock of the event loop."""
+        return self.is_complete and self._all_written_at >= time
+
+    async def check_complete(self, since: float) -> bool:
+        """Return `is_complete_since`. A local store is probed now, since it is not all the time.
 
         Raises: StoreError.
         """
         if not self.store.is_remote:
             await self.call(self.store.probe())
-        return self.is_complete
+            return self.is_complete
+        return self.is_complete_since(since)
+
+    def _has_unwritten(self) -> bool:
+        return self._is_open or any(count() for count in self.unwritten_counts)
 
     @property
     def is_busy(self) -> bool:
@@ -209,6 +230,8 @@ class StoreBreaker:
             self._is_open, self._trip_future = False, None
             self._complete_at = loop.time() + SETTLE_SECONDS
             self._run_callbacks(self.on_recovered)
+        age = 0.0 if content is None else content.complete_age
+        self._all_written_at = started_at - age
         if content is not None and not self._is_open:
             self._check_content(content)
 
