@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Self, TypeVar
 
 from falproxy.concurrency import cancel_tasks, close_within, wait_while_responsive
@@ -33,6 +34,7 @@ PROBE_INTERVAL = 0.25  # seconds
 # the entries that it has in memory.
 SETTLE_SECONDS = 3.0
 CLOSE_TIMEOUT = 3.0  # seconds
+LAST_WRITE_TIMEOUT = 1.0  # seconds
 
 
 class StoreBreaker:
@@ -116,6 +118,9 @@ class StoreBreaker:
         return self
 
     async def __aexit__(self, *error: object) -> None:
+        if self._monitor_task is not None:
+            await cancel_tasks([self._monitor_task])
+        await self._write_last()
         if self._timer is not None:
             self._timer.cancel()
         tasks = [task for task in (self._monitor_task, *self._tasks) if task is not None]
@@ -123,6 +128,15 @@ class StoreBreaker:
         await close_within(
             self.store.__aexit__(*error), "The store of the result cache", CLOSE_TIMEOUT
         )
+
+    async def _write_last(self) -> None:
+        """Make a last attempt to write what is held in memory, also if the store is skipped."""
+        if not any(count() for count in self.unwritten_counts):
+            return
+        self._is_open, self._trip_future = False, None
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WRITE_TIMEOUT):
+                await asyncio.gather(*(write() for write in self.on_recovered))
 
     async def call(self, operation: Coroutine[object, object, T]) -> T:
         """Return the result of a store operation.

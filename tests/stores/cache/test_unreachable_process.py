@@ -137,3 +137,19 @@ async def test_a_process_that_has_stopped_does_not_count(
             async with first.breaker:
                 await until_missing(first, REQUEST_ID)
             await until_missing(other, REQUEST_ID)
+
+
+@KINDS
+async def test_a_process_that_stops_writes_its_entries_although_it_skips_the_store(
+    create: Callable[[str], Process],
+) -> None:
+    with redis_server() as redis:
+        async with TcpForwarder(redis.port).running() as way:
+            first, other = create(way.url), create(redis.url)
+            async with other.breaker:
+                async with first.breaker:
+                    way.reply_delay = REPLY_DELAY
+                    await until(lambda: first.breaker.is_open)
+                    await first.add(REQUEST_ID)
+                    way.reply_delay = 0.0
+                assert await other.find(REQUEST_ID)
