@@ -18,7 +18,7 @@ from tests.support.tcp_forwarder import TcpForwarder
 
 pytestmark = pytest.mark.slow(seconds=5)
 
-REPLY_DELAY = 0.6  # seconds, with which the breaker opens
+REPLY_DELAY = 1.5  # seconds, more than the time limit of a probe
 REQUEST_ID = new_virtual_id()
 
 
