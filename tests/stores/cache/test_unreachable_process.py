@@ -65,7 +65,6 @@ async def processes(
         async with TcpForwarder(redis.port).running() as way:
             first, other = create(way.url), create(redis.url)
             async with first.breaker, other.breaker:
-                await until(lambda: not (first.breaker.is_open or other.breaker.is_open))
                 yield first, other, way
 
 
@@ -93,7 +92,8 @@ async def test_an_entry_of_a_process_that_cannot_write_it_is_not_missing(
     create: Callable[[str], Process],
 ) -> None:
     async with processes(create) as (first, other, way):
-        await until_missing(other, REQUEST_ID)
+        for process in (first, other):
+            await until_missing(process, REQUEST_ID)  # both have reported
         way.reply_delay = REPLY_DELAY
         await until(lambda: first.breaker.is_open)
         await first.add(REQUEST_ID)
@@ -119,6 +119,7 @@ async def test_an_unknown_id_is_missing_again_when_all_processes_work(
     create: Callable[[str], Process],
 ) -> None:
     async with processes(create) as (first, other, way):
+        await until_missing(first, REQUEST_ID)  # it has reported
         way.reply_delay = REPLY_DELAY
         await until(lambda: first.breaker.is_open)
         with pytest.raises((StoreError, TemporaryError)):
