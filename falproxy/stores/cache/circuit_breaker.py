@@ -222,6 +222,7 @@ class StoreBreaker:
     async def _probe(self) -> None:
         """Probe once; the time that the event loop was busy does not count as the store's."""
         loop = asyncio.get_running_loop()
+        started_at = loop.time()
         probe = loop.create_task(self.store.probe())
         try:
             seconds = await wait_while_responsive((probe,), CALL_TIMEOUT, PROBE_PARTS)
