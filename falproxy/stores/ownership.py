@@ -46,12 +46,14 @@ class RequestOwnership:
         self._breaker = breaker
         self._recent: LRUCache[str, RequestOwner] = LRUCache(CACHE_MAX_BYTES, size_in_memory)
         self._unwritten: LRUCache[str, RequestOwner] = LRUCache(UNWRITTEN_MAX_BYTES, size_in_memory)
+        self._writing = 0  # runs of `_write_pending`
         self._write_task: asyncio.Task[None] | None = None
         settle_seconds = LOCAL_SETTLE_SECONDS if breaker is None else REMOTE_SETTLE_SECONDS
         self._lookups = Lookups(self._is_store_complete, settle_seconds)
         if breaker is not None:
             breaker.on_recovered.append(self._write_pending)
             breaker.on_emptied.append(self._restore)
+            breaker.unwritten_counts.append(lambda: len(self._unwritten) + self._writing)
 
     def __repr__(self) -> str:
         counts = f"{len(self._recent)} cached, {len(self._unwritten)} unwritten"
@@ -126,9 +128,9 @@ class RequestOwnership:
         """Return the result of an operation, through the circuit breaker of a remote store."""
         return await (operation if self._breaker is None else self._breaker.call(operation))
 
-    async def _is_store_complete(self) -> bool:
+    async def _is_store_complete(self, since: float) -> bool:
         if self._breaker is not None:
-            return self._breaker.is_complete
+            return self._breaker.is_complete_since(since)
         await self._store.check_owners_writable()
         return True
 
@@ -150,7 +152,11 @@ class RequestOwnership:
         """Write the owners that are held in memory to a remote store, after its recovery."""
         unwritten = dict(self._unwritten)
         self._unwritten.clear()
-        await self._write_all(unwritten)
+        self._writing += 1
+        try:
+            await self._write_all(unwritten)
+        finally:
+            self._writing -= 1
 
     async def _restore(self) -> None:
         """Write the owners in memory to a remote store that was emptied, the latest first."""

@@ -5,9 +5,10 @@ into a miss.
 """
 
 import asyncio
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 # Seconds that the job of a shared call without a leader can still be joined.
 JOB_RETENTION = 3600.0
@@ -181,10 +182,24 @@ class StoreContent:
 
     id: another one after the store was emptied, for example by a failover to an empty server.
     is_new: other processes may not have noticed yet that the content is another one.
+    complete_age: seconds since the time, at the latest, at which no process held entries that the
+        store does not have. A process that has not reported for a minute does not count.
     """
 
     id: str
     is_new: bool
+    complete_age: float = 0.0
+
+
+@runtime_checkable
+class ReportingStore(Protocol):
+    """A store that several machines share, in which each process reports whether it holds entries
+    that the store does not have.
+
+    has_unwritten: returns whether this process does.
+    """
+
+    has_unwritten: Callable[[], bool]
 
 
 class SharedCallStore(Protocol):

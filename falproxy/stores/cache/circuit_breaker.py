@@ -3,11 +3,18 @@
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Self, TypeVar
 
 from falproxy.concurrency import cancel_tasks, close_within, wait_while_responsive
 from falproxy.state_log import StateLog
-from falproxy.stores.cache import CacheStore, RejectedResultError, StoreContent, StoreError
+from falproxy.stores.cache import (
+    CacheStore,
+    RejectedResultError,
+    ReportingStore,
+    StoreContent,
+    StoreError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +34,7 @@ PROBE_INTERVAL = 0.25  # seconds
 # the entries that it has in memory.
 SETTLE_SECONDS = 3.0
 CLOSE_TIMEOUT = 3.0  # seconds
+LAST_WRITE_TIMEOUT = 1.0  # seconds
 
 
 class StoreBreaker:
@@ -39,6 +47,7 @@ class StoreBreaker:
 
     on_recovered: coroutine functions that run when the store works again.
     on_emptied: coroutine functions that run when the store has lost its content.
+    unwritten_counts: return how many entries are held in memory that the store does not have.
     """
 
     def __init__(self, store: CacheStore) -> None:
@@ -46,7 +55,12 @@ class StoreBreaker:
         self.on_recovered: list[Callable[[], Coroutine[object, object, None]]] = []
         self.on_emptied: list[Callable[[], Coroutine[object, object, None]]] = []
         self._content_id: str | None = None  # of the last successful probe
+        self.unwritten_counts: list[Callable[[], int]] = []
+        if isinstance(store, ReportingStore):
+            store.has_unwritten = self._has_unwritten
         self._complete_at = float("-inf")  # by the clock of the event loop
+        # When no process held entries that the store does not have; known from the first probe on.
+        self._all_written_at = float("inf")
         self._slow_probes = 0
         self._is_open = False
         self._state_log = StateLog(logger)
@@ -72,14 +86,23 @@ class StoreBreaker:
         """False while other processes may have entries in memory that are not in the store."""
         return not self._is_open and asyncio.get_running_loop().time() >= self._complete_at
 
-    async def check_complete(self) -> bool:
-        """Return `is_complete`. A local store, which is not probed all the time, is probed now.
+    def is_complete_since(self, time: float) -> bool:
+        """Return whether the store is complete, and no process has had other entries since a time
+        by the clock of the event loop."""
+        return self.is_complete and self._all_written_at >= time
+
+    async def check_complete(self, since: float) -> bool:
+        """Return `is_complete_since`. A local store is probed now, since it is not all the time.
 
         Raises: StoreError.
         """
         if not self.store.is_remote:
             await self.call(self.store.probe())
-        return self.is_complete
+            return self.is_complete
+        return self.is_complete_since(since)
+
+    def _has_unwritten(self) -> bool:
+        return self._is_open or any(count() for count in self.unwritten_counts)
 
     @property
     def is_busy(self) -> bool:
@@ -95,6 +118,9 @@ class StoreBreaker:
         return self
 
     async def __aexit__(self, *error: object) -> None:
+        if self._monitor_task is not None:
+            await cancel_tasks([self._monitor_task])
+        await self._write_last()
         if self._timer is not None:
             self._timer.cancel()
         tasks = [task for task in (self._monitor_task, *self._tasks) if task is not None]
@@ -102,6 +128,15 @@ class StoreBreaker:
         await close_within(
             self.store.__aexit__(*error), "The store of the result cache", CLOSE_TIMEOUT
         )
+
+    async def _write_last(self) -> None:
+        """Make a last attempt to write what is held in memory, also if the store is skipped."""
+        if not any(count() for count in self.unwritten_counts):
+            return
+        self._is_open, self._trip_future = False, None
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WRITE_TIMEOUT):
+                await asyncio.gather(*(write() for write in self.on_recovered))
 
     async def call(self, operation: Coroutine[object, object, T]) -> T:
         """Return the result of a store operation.
@@ -187,6 +222,7 @@ class StoreBreaker:
     async def _probe(self) -> None:
         """Probe once; the time that the event loop was busy does not count as the store's."""
         loop = asyncio.get_running_loop()
+        started_at = loop.time()
         probe = loop.create_task(self.store.probe())
         try:
             seconds = await wait_while_responsive((probe,), CALL_TIMEOUT, PROBE_PARTS)
@@ -209,6 +245,8 @@ class StoreBreaker:
             self._is_open, self._trip_future = False, None
             self._complete_at = loop.time() + SETTLE_SECONDS
             self._run_callbacks(self.on_recovered)
+        age = 0.0 if content is None else content.complete_age
+        self._all_written_at = started_at - age
         if content is not None and not self._is_open:
             self._check_content(content)
 

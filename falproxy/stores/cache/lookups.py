@@ -22,12 +22,14 @@ WAITING_MAX = 1000  # lookups that wait at once; further ones fail immediately
 class Lookups:
     """Lookups of one kind of entry.
 
-    is_complete: returns whether no process has entries that are not in the store. It may raise
-        StoreError.
+    is_complete: returns whether no process has had entries that are not in the store since a time
+        by the clock of the event loop. It may raise StoreError.
     settle_seconds: time in which every process writes its entries once the store is usable.
     """
 
-    def __init__(self, is_complete: Callable[[], Awaitable[bool]], settle_seconds: float) -> None:
+    def __init__(
+        self, is_complete: Callable[[float], Awaitable[bool]], settle_seconds: float
+    ) -> None:
         self._is_complete = is_complete
         self._settle_seconds = settle_seconds
         self._waiting = 0
@@ -62,7 +64,8 @@ class Lookups:
         self, read: Callable[[], Awaitable[T | None]], wait_for_store: bool
     ) -> T | None:
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + LOOKUP_TIMEOUT
+        began = loop.time()
+        deadline = began + LOOKUP_TIMEOUT
         complete_since: float | None = None
         while True:
             error = StoreError("the entry may be in another process's memory")
@@ -72,7 +75,7 @@ class Lookups:
                     return entry
                 if started >= (complete_since or inf) + self._settle_seconds:
                     return None
-                is_complete = await self._is_complete()
+                is_complete = await self._is_complete(began)
                 complete_since = (complete_since or loop.time()) if is_complete else None
             except StoreError as store_error:
                 if not wait_for_store:

@@ -5,7 +5,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import AsyncGenerator, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import asdict
 from typing import Self
@@ -43,6 +43,7 @@ from falproxy.stores.cache.redis_scripts import (
     RECORD_JOB,
     REMOVE_HOLDER,
     RENEW_LEASE,
+    REPORT_PROCESS,
     parse_lookup,
     parse_virtual_request,
     serialize_virtual_request,
@@ -54,6 +55,9 @@ logger = logging.getLogger(__name__)
 
 # All times are seconds.
 RECONNECT_DELAY_MIN, RECONNECT_DELAY_MAX = 0.05, 5.0
+# Seconds after which a process that does not report has ended, with what it held in memory.
+SILENCE_SECONDS = 60
+LEAVE_TIMEOUT = 1.0
 PROBE_RETRY = 5.0  # until the policy of a server that was down is checked again
 JOBLESS_RETENTION = 60.0  # of a shared call without a job, after its lease
 # Seconds in which processes that start now do not report an id as unknown, after the server was
@@ -89,6 +93,8 @@ class RedisStore:
         self, url: str, *, prefix: str = "falproxy:", owner_retention: float = OWNER_RETENTION
     ) -> None:
         self._redis = RedisClient(url, StoreError)
+        self.has_unwritten: Callable[[], bool] = lambda: False
+        self._process_id = uuid4().hex
         self._prefix = prefix
         self._owner_retention = owner_retention
         self._channel = f"{prefix}changes"
@@ -108,6 +114,10 @@ class RedisStore:
 
     async def __aexit__(self, *error: object) -> None:
         await cancel_tasks(tuple(self._tasks), interval=0.1)
+        if not self.has_unwritten() and not self._redis.has_failed:
+            with suppress(StoreError, TimeoutError):
+                async with asyncio.timeout(LEAVE_TIMEOUT):
+                    await self._redis.execute("ZREM", self._processes, self._process_id)
         await self._redis.close()
 
     async def probe(self) -> StoreContent:
@@ -118,14 +128,23 @@ class RedisStore:
             ("GET", f"{self._prefix}probe:content"),
             ("EXISTS", f"{self._prefix}probe:new"),
             ("GET", f"{self._prefix}probe:format"),
+            (
+                *("EVAL", REPORT_PROCESS.text, 1, self._processes, self._process_id),
+                *(int(not self.has_unwritten()), SILENCE_SECONDS),
+            ),
         )
         replies = await self._redis.execute_all(*commands, slots=self._probe_slot)
-        _, content, is_new, data_format = replies
+        _, content, is_new, data_format, complete_age = replies
         self._listen_to_current_client()
         await self._check_format(data_format)
         if isinstance(content, bytes):
-            return StoreContent(content.decode(), is_new == 1)
+            age = float(complete_age) if isinstance(complete_age, bytes) else 0.0
+            return StoreContent(content.decode(), is_new == 1, age)
         return await self._mark_content()
+
+    @property
+    def _processes(self) -> str:
+        return f"{self._prefix}probe:processes"
 
     async def _check_format(self, stored: object) -> None:
         """Compare the version of the data with this one's, and raise it if it is older.

@@ -27,6 +27,25 @@ NOW = """
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1000000
 """
+# KEYS: the processes by the time of their last complete report. ARGV: the id of this process, 1 if
+# it has no unwritten entries, seconds after which a silent process does not count. The reply is the
+# age of the oldest report.
+REPORT_PROCESS = Script(
+    NOW,
+    """
+local silence = tonumber(ARGV[3])
+if ARGV[2] == '1' then
+    redis.call('ZADD', KEYS[1], now, ARGV[1])
+else
+    local last = tonumber(redis.call('ZSCORE', KEYS[1], ARGV[1]) or 0)
+    redis.call('ZADD', KEYS[1], math.max(last, now - silence / 2), ARGV[1])
+end
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - silence)
+redis.call('PEXPIRE', KEYS[1], 2000 * silence)
+local oldest = redis.call('ZRANGE', KEYS[1], 0, 0, 'WITHSCORES')
+return tostring(now - tonumber(oldest[2]))
+""",
+)
 READ_STATE = """
 local function result()
   return redis.call('HMGET', KEYS[1], 'body', 'type', 'stored', 'expires')

@@ -53,9 +53,11 @@ class VirtualRequests:
             CACHE_MAX_BYTES, lambda entry: size_in_memory(entry[0])
         )
         self._unwritten = new_unwritten()
+        self._writing = 0  # runs of `_write_pending`
         self._lookups = Lookups(breaker.check_complete, SETTLE_SECONDS)
         breaker.on_recovered.append(self._write_pending)
         breaker.on_emptied.append(self._restore)
+        breaker.unwritten_counts.append(lambda: len(self._unwritten) + self._writing)
         self._results: LRUCache[str, CachedResult] = LRUCache(
             RESULTS_MAX_BYTES, lambda result: ENTRY_BYTES + len(result.body)
         )
@@ -90,7 +92,11 @@ class VirtualRequests:
 
     async def _write_pending(self) -> None:
         unwritten, self._unwritten = self._unwritten, new_unwritten()
-        await self._write_all([*unwritten.items()], self._write)
+        self._writing += 1
+        try:
+            await self._write_all([*unwritten.items()], self._write)
+        finally:
+            self._writing -= 1
 
     async def _restore(self) -> None:
         """Write the virtual requests in memory to a store that was emptied, the latest first. Of
