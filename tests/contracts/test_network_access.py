@@ -40,6 +40,7 @@ METHODS = ("create_connection", "sock_connect", "connect_ex")
 CONNECTING_MODULES = {
     "proxy/upstream.py": "fal",
     "proxy/transport": "the host that proxy/upstream.py names",
+    "app/start_checks.py": "fal and Supabase, to see whether they can be reached",
     "cli/estimate_command.py": "fal, for its prices",
     "cli/doctor.py": "fal, to see whether it can be reached",
     "cli/system_checks.py": "the program that uses the port of FALPROXY_PORT",
