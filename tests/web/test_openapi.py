@@ -409,7 +409,7 @@ async def test_every_example_works(proxy: RunningProxy) -> None:
                 schema = with_components(content["application/json"]["schema"], document)
                 jsonschema_rs.validate(schema, json.loads(received))
             count += 1
-    assert count == 33
+    assert count == 36
 
 
 async def test_a_job_and_its_image_can_be_read_as_described(proxy: RunningProxy) -> None:
