@@ -87,6 +87,7 @@ async def open_gateway(
     origin: str,
     data_dir: Path,
     server_kind: str,
+    /,
     fetcher: Fetcher | None = None,
     **options: object,
 ) -> AsyncIterator[Gateway]:
@@ -94,7 +95,7 @@ async def open_gateway(
 
     origin: of fal.
     server_kind: as of the fixture.
-    options: settings.
+    options: settings; they may have another `data_dir`.
     """
     is_fast = server_kind == "fast"
     settings = {"fal_key": CANARY, "upstream_origin": origin, "data_dir": data_dir}

@@ -7,7 +7,7 @@ into a miss.
 import asyncio
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, Self, runtime_checkable
 
 # Seconds that the job of a shared call without a leader can still be joined.
@@ -188,7 +188,7 @@ class StoreContent:
 
     id: str
     is_new: bool
-    complete_age: float = 0.0
+    complete_age: float = field(default=0.0, compare=False)
 
 
 @runtime_checkable
