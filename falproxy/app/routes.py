@@ -443,7 +443,7 @@ def add_docs(
     async def get_openapi(request: web.Request) -> web.StreamResponse:
         return await (await openapi_handler.get())(request)
 
-    docs_page = docs.Docs()
+    docs_page = docs.Docs(has_pages=has_root)
     handlers = {
         docs.OPENAPI_PATH: get_openapi,
         docs.PATH: docs_page.show_page,

@@ -1,5 +1,6 @@
 """`/docs`: the OpenAPI document as an interactive page, shown by Swagger UI."""
 
+import re
 from collections.abc import Mapping
 from functools import cache, cached_property
 from importlib.util import find_spec
@@ -18,6 +19,8 @@ SWAGGER_PACKAGE = "swagger_ui"
 SWAGGER_FILES = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css"}
 ASSETS_DIR = Path(__file__).parent / "docs_static"
 ASSETS = {"docs.js": "text/javascript", "docs.css": "text/css"}
+# What the documents have for the other pages only.
+PAGES_PART = re.compile(r" *<!-- The files in web.*?<!-- end -->\n", re.DOTALL)
 # Scripts and responses come from the page's own origin only. Swagger UI uses style attributes, data
 # URIs in its style sheet, and blob URLs for responses that are files.
 SECURITY_HEADERS: Mapping[str, str] = {
@@ -32,17 +35,23 @@ SECURITY_HEADERS: Mapping[str, str] = {
 
 
 class Docs:
-    """Handlers for the page and its files. package: the package that contains Swagger UI."""
+    """Handlers for the page and its files.
 
-    def __init__(self, package: str = SWAGGER_PACKAGE) -> None:
+    has_pages: the header of the other pages is shown, which the same proxy serves.
+    package: the package that contains Swagger UI.
+    """
+
+    def __init__(self, package: str = SWAGGER_PACKAGE, *, has_pages: bool = False) -> None:
         self._package = package
+        self._has_pages = has_pages
 
     async def show_page(self, request: web.Request) -> web.Response:
         """Handler for GET of PATH. The page explains how to install Swagger UI if it is missing."""
         name = "plain.html" if self._swagger_dir is None else "page.html"
-        return web.Response(
-            text=read_asset(name), content_type="text/html", headers=SECURITY_HEADERS
-        )
+        text = read_asset(name)
+        if not self._has_pages:
+            text = PAGES_PART.sub("", text)
+        return web.Response(text=text, content_type="text/html", headers=SECURITY_HEADERS)
 
     async def show_file(self, request: web.Request) -> web.StreamResponse:
         """Handler for GET of FILES. Raises: ProxyError 404."""

@@ -63,6 +63,10 @@ async def test_the_page_lists_all_operations_and_sends_requests(place: RunningPr
         "edit", "createImage", "createImageEdit", "generate", "generateByTemplate",
     }  # fmt: skip
     assert set(shown["statuses"].values()) == {200}
+    assert shown["header"] == ["Create", "Edit", "Animate", "Speak", "Dashboard", "API"]
+    assert shown["currentPage"] == "API"
+    width, screen = shown["widths"]
+    assert width <= screen == 360
     assert shown["consoleErrors"] == []
     # All requests go to the proxy.
     assert place.origin.startswith(shown["origins"][0])
@@ -102,5 +106,6 @@ async def test_without_swagger_ui_the_page_explains_how_to_install_it(
     assert 'href="openapi.json"' in text
     assert "pip install 'falproxy[docs]'" in text
     assert "<script" not in text
+    assert "web/" not in text  # this application has no pages
     assert (await client.get("/docs/swagger-ui.css")).status == 404
     assert (await client.get("/docs/docs.css")).status == 200

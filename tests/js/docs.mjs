@@ -31,15 +31,36 @@ async function visit(page) {
   for (const id of ["edit", "createImage", "generate", "generateByTemplate"]) {
     statuses[id] = await tryOut(page, id);
   }
+  const header = await page.locator("#header nav a").allTextContents();
+  const currentPage = await page.locator('#header [aria-current="page"]').innerText();
+  const widths = await widthsOnPhone(page);
   statuses.createImageEdit = await tryOut(page, "createImageEdit", { image: "red.png" });
   return {
     operations: operations.map((text) => text.replaceAll("\u200b", "")),
     title: await page.locator(".info .title").innerText(),
     server: await page.locator(".servers select").inputValue(),
     statuses,
+    header,
+    currentPage,
+    widths,
     consoleErrors,
     origins: [...origins].filter((origin) => origin !== "null"), // data: and blob: have none
   };
+}
+
+/** Return the widths of the document and of a small screen, with one operation expanded. */
+async function widthsOnPhone(page) {
+  const size = page.viewportSize();
+  await page.setViewportSize({ width: 360, height: 780 });
+  await page.emulateMedia({ colorScheme: "dark" });
+  const summary = page.locator('.opblock[id$="-generate"] .opblock-summary-control');
+  await summary.click();
+  await screenshot(page, "phone");
+  const widths = await page.evaluate(() => [document.documentElement.scrollWidth, innerWidth]);
+  await summary.click();
+  await page.emulateMedia({ colorScheme: "light" });
+  await page.setViewportSize(size);
+  return widths;
 }
 
 /**
