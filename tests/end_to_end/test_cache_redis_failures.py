@@ -418,11 +418,8 @@ async def test_polls_of_fal_s_own_ids_do_not_read_the_store(
                         assert response.document["request_id"] == request_id
             await asyncio.sleep(0.3)
             assert any("falproxy:probe" in command for command in commands)
-            others = (
-                "falproxy:probe",
-                "TIME",
-                "PING",
-            )  # checks of the server and of its connections
+            # Checks of the server and of its connections.
+            others = ("falproxy:probe", "TIME", "PING")
             assert [each for each in commands if not any(name in each for name in others)] == []
             await world.submit(world.first, "something else")
             await asyncio.sleep(0.1)
