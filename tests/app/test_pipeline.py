@@ -60,7 +60,7 @@ def test_the_layers_are_logged_outermost_first(
         "rotate_keys",
         "dispatch_by_operation",
     ]
-    assert logged["poll calls"] == "serve_virtual_requests > forward"
+    assert logged["poll calls"] == "serve_virtual_requests > observe_jobs > forward"
     assert logged["post calls"] == (
         "limit_rates > keep_idempotent > account_calls > rehost_outputs > serve_virtual_requests"
         " > check_images > cache_results > refuse_unstorable > reserve_costs > record_sending"
@@ -77,7 +77,7 @@ def test_middleware_that_is_turned_off_is_not_in_the_pipeline(
 ) -> None:
     create_app(make_settings(fal_key=CANARY, data_dir=tmp_path, cache=False))
     logged = pipelines(caplog)
-    assert logged["poll calls"] == "forward"
+    assert logged["poll calls"] == "observe_jobs > forward"
     assert logged["post calls"] == (
         "keep_idempotent > account_calls > check_images > record_sending > forward"
     )

@@ -9,7 +9,13 @@ export function callDetail(call) {
   return el(
     "div",
     { className: "call-detail" },
-    el("div", {}, el("h3", {}, "Timeline"), partsBar(call), el("ol", { className: "timeline" }, ...steps(call).map(step))),
+    el(
+      "div",
+      {},
+      el("h3", {}, "Timeline"),
+      partsBar(call),
+      el("ol", { className: "timeline" }, ...steps(call).map(step)),
+    ),
     el(
       "dl",
       { className: "facts" },
@@ -44,23 +50,38 @@ function steps(call) {
     found.push(["Started to run", Math.max(call.seconds, after(call.ended_at) - call.run_seconds)]);
   }
   if (call.ended_at !== null) {
-    found.push([call.status < 400 ? "Completed" : `Failed with ${call.error ?? call.status}`, after(call.ended_at)]);
+    found.push([
+      call.status < 400 ? "Completed" : `Failed with ${call.error ?? call.status}`,
+      after(call.ended_at),
+    ]);
     found.push(["Result recorded", Math.max(after(call.ended_at), after(call.fetched_at))]);
   } else if (call.is_running) {
     found.push(["The result was not fetched yet", null]);
   } else {
-    found.push([call.status < 400 ? "Response sent" : `Failed with ${call.error ?? call.status}`, call.seconds]);
+    found.push([
+      call.status < 400 ? "Response sent" : `Failed with ${call.error ?? call.status}`,
+      call.seconds,
+    ]);
   }
   return found;
 }
 
 function step([name, seconds]) {
-  return el("li", {}, el("span", {}, name), el("span", { className: "muted" }, seconds === null ? NONE : `+ ${formatDuration(seconds)}`));
+  return el(
+    "li",
+    {},
+    el("span", {}, name),
+    el("span", { className: "muted" }, seconds === null ? NONE : `+ ${formatDuration(seconds)}`),
+  );
 }
 
 /** A bar of the parts of the duration. The same numbers are in its text. */
 function partsBar(call) {
-  const parts = [["proxy", call.own_seconds], ["queue", call.queue_seconds], ["run", call.run_seconds]];
+  const parts = [
+    ["proxy", call.own_seconds],
+    ["queue", call.queue_seconds],
+    ["run", call.run_seconds],
+  ];
   const known = parts.filter(([, seconds]) => seconds !== null && seconds > 0);
   const whole = known.reduce((sum, [, seconds]) => sum + seconds, 0);
   const text = known.map(([name, seconds]) => `${name} ${formatDuration(seconds)}`).join(", ");

@@ -2,7 +2,19 @@
 import { byId, el } from "../dom.js";
 
 const APPLY_DELAY = 400; // ms after the last change of a text
-const STATUSES = ["failed", "ok", "running", "4xx", "5xx", "422", "429", "499", "500", "503", "504"];
+const STATUSES = [
+  "failed",
+  "ok",
+  "running",
+  "4xx",
+  "5xx",
+  "422",
+  "429",
+  "499",
+  "500",
+  "503",
+  "504",
+];
 const CACHE = ["hit", "miss", "collapsed", "bypass", "replayed"];
 const FIELDS = [
   { name: "status", label: "Status", placeholder: "failed, 5xx, 502", options: STATUSES },
@@ -26,7 +38,18 @@ export function startFilters(onChange) {
   const query = new URLSearchParams(location.search);
   const form = byId("filters");
   form.append(...FIELDS.map(field));
-  form.append(el("button", { type: "button", className: "button quiet", id: "clear-filters", onclick: () => setFilters({}) }, "Clear filters"));
+  form.append(
+    el(
+      "button",
+      {
+        type: "button",
+        className: "button quiet",
+        id: "clear-filters",
+        onclick: () => setFilters({}),
+      },
+      "Clear filters",
+    ),
+  );
   for (const { name } of FIELDS) {
     input(name).value = query.get(name) ?? "";
   }
@@ -65,7 +88,10 @@ export function suggestNames(usage) {
 
 /** Show the errors of a period as suggestions. @param {object} performance */
 export function suggestErrors(performance) {
-  suggest("error", performance.failures.map(({ error }) => ({ name: error })));
+  suggest(
+    "error",
+    performance.failures.map(({ error }) => ({ name: error })),
+  );
 }
 
 function suggest(name, rows) {
@@ -106,7 +132,11 @@ function field({ name, label, placeholder, options, inputMode, className = "" })
   const id = `filter-${name}`;
   const list = options ? `options-${name}` : null;
   const control = el("input", {
-    id, placeholder: placeholder ?? "", autocomplete: "off", spellcheck: false, inputMode: inputMode ?? "text",
+    id,
+    placeholder: placeholder ?? "",
+    autocomplete: "off",
+    spellcheck: false,
+    inputMode: inputMode ?? "text",
   });
   if (list !== null) {
     control.setAttribute("list", list);
@@ -116,6 +146,7 @@ function field({ name, label, placeholder, options, inputMode, className = "" })
     { className: `field ${className}` },
     el("label", { for: id, className: "small" }, label),
     control,
-    list !== null && el("datalist", { id: list }, ...options.map((value) => el("option", { value }))),
+    list !== null &&
+      el("datalist", { id: list }, ...options.map((value) => el("option", { value }))),
   );
 }

@@ -19,13 +19,33 @@ const COLUMNS = [
   { name: "cache", label: "Cache", isText: true, cell: (call) => call.cache ?? NONE },
   { name: "cost", label: "Cost", cell: (call) => formatUsd(call.spent) },
   { name: "duration", label: "Duration", cell: (call) => formatDuration(call.total_seconds) },
-  { name: "queue", label: "In queue", isOptional: true, cell: (call) => formatDuration(call.queue_seconds) },
-  { name: "run", label: "Running", isOptional: true, cell: (call) => formatDuration(call.run_seconds) },
-  { name: "own", label: "falproxy", isOptional: true, cell: (call) => formatDuration(call.own_seconds) },
+  {
+    name: "queue",
+    label: "In queue",
+    isOptional: true,
+    cell: (call) => formatDuration(call.queue_seconds),
+  },
+  {
+    name: "run",
+    label: "Running",
+    isOptional: true,
+    cell: (call) => formatDuration(call.run_seconds),
+  },
+  {
+    name: "own",
+    label: "falproxy",
+    isOptional: true,
+    cell: (call) => formatDuration(call.own_seconds),
+  },
   { name: "caller", label: "Caller", isText: true, cell: (call) => call.principal ?? NONE },
   { name: "user", label: "User", isText: true, cell: (call) => call.user ?? NONE },
   { name: "route", label: "Through", isText: true, isOptional: true, cell: (call) => call.route },
-  { name: "request", label: "Request id", isText: true, cell: (call) => el("span", { className: "mono" }, call.proxy_request_id ?? NONE) },
+  {
+    name: "request",
+    label: "Request id",
+    isText: true,
+    cell: (call) => el("span", { className: "mono" }, call.proxy_request_id ?? NONE),
+  },
 ];
 
 let calls = [];
@@ -39,7 +59,9 @@ export function startCallList() {
   startFilters(() => reload());
   byId("more-calls").addEventListener("click", () => load(next));
   byId("export-calls").addEventListener("click", exportCalls);
-  byId("columns").querySelector("fieldset").append(...COLUMNS.map(columnCheckbox));
+  byId("columns")
+    .querySelector("fieldset")
+    .append(...COLUMNS.map(columnCheckbox));
   byId("columns").addEventListener("keydown", (event) => {
     if (event.key === "Escape") {
       byId("columns").open = false;
@@ -87,7 +109,10 @@ async function load(after) {
     }
     found = [...found, ...page.calls];
     cursor = page.next;
-    calls = after === null ? found : [...calls.filter(({ id }) => !found.some((call) => call.id === id)), ...found];
+    calls =
+      after === null
+        ? found
+        : [...calls.filter(({ id }) => !found.some((call) => call.id === id)), ...found];
     next = cursor;
     isLoaded = true;
     render(page);
@@ -144,13 +169,21 @@ async function exportCalls() {
 }
 
 function render(page) {
-  const focusedId = byId("latest").contains(document.activeElement) ? document.activeElement.id : "";
+  const focusedId = byId("latest").contains(document.activeElement)
+    ? document.activeElement.id
+    : "";
   const columns = COLUMNS.filter(({ name }) => chosen.has(name));
-  byId("latest").replaceChildren(calls.length === 0 ? el("p", { className: "muted" }, emptyText()) : table(columns));
+  byId("latest").replaceChildren(
+    calls.length === 0 ? el("p", { className: "muted" }, emptyText()) : table(columns),
+  );
   byId("more-calls").hidden = next === null;
   const searched = formatWhen(new Date(page.searched_until));
   byId("calls-note").textContent =
-    next !== null && calls.length < PAGE ? `Searched back to ${searched}.` : calls.length === 0 ? "" : `${calls.length} calls shown.`;
+    next !== null && calls.length < PAGE
+      ? `Searched back to ${searched}.`
+      : calls.length === 0
+        ? ""
+        : `${calls.length} calls shown.`;
   if (focusedId) {
     document.getElementById(focusedId)?.focus();
   }
@@ -161,7 +194,8 @@ function emptyText() {
 }
 
 function table(columns) {
-  const heading = ({ label, isText }) => el("th", { scope: "col", className: isText ? "text" : "" }, label);
+  const heading = ({ label, isText }) =>
+    el("th", { scope: "col", className: isText ? "text" : "" }, label);
   const head = el(
     "tr",
     {},
@@ -186,7 +220,9 @@ function rowsOf(call, columns) {
     },
     formatWhen(new Date(call.at)),
   );
-  const cells = columns.map(({ cell, isText }) => el("td", { className: isText ? "text" : "" }, cell(call)));
+  const cells = columns.map(({ cell, isText }) =>
+    el("td", { className: isText ? "text" : "" }, cell(call)),
+  );
   const row = el("tr", {}, el("th", { scope: "row" }, toggle), ...cells);
   return isOpen ? [row, detailRow(call, columns)] : [row];
 }
@@ -229,7 +265,9 @@ function columnCheckbox({ name, label }) {
     storeColumns();
     if (isLoaded) {
       const columns = COLUMNS.filter((column) => chosen.has(column.name));
-      byId("latest").replaceChildren(calls.length === 0 ? el("p", { className: "muted" }, emptyText()) : table(columns));
+      byId("latest").replaceChildren(
+        calls.length === 0 ? el("p", { className: "muted" }, emptyText()) : table(columns),
+      );
     }
   };
   const id = `column-${name}`;

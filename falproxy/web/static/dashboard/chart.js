@@ -5,9 +5,9 @@
  */
 import { el } from "../dom.js";
 import { axisTicks, labeledIndexes } from "./axes.js";
+import { createLegend, svg } from "./chart_legend.js";
 import { formatAxisTime, formatIntervalStart } from "./format.js";
 
-const SVG = "http://www.w3.org/2000/svg";
 const HEIGHT = 220;
 const TOP = 12;
 const BOTTOM = 26;
@@ -33,15 +33,6 @@ const CHARACTER_WIDTH = 7;
  * @property {(row: object) => string} [extra] an additional text for a point
  */
 
-function svg(name, attributes = {}, ...children) {
-  const element = document.createElementNS(SVG, name);
-  for (const [key, value] of Object.entries(attributes)) {
-    element.setAttribute(key, String(value));
-  }
-  element.append(...children);
-  return element;
-}
-
 export class Chart {
   /** @param {HTMLElement} figure @param {ChartSpec} spec */
   constructor(figure, spec) {
@@ -52,7 +43,11 @@ export class Chart {
     const id = `${figure.id}-title`;
     this.graphic = svg("svg", { "aria-hidden": "true", height: HEIGHT });
     this.tooltip = el("p", { className: "tooltip small", hidden: true, "aria-hidden": "true" });
-    this.empty = el("p", { className: "muted empty-chart", hidden: true }, "Nothing in this time range.");
+    this.empty = el(
+      "p",
+      { className: "muted empty-chart", hidden: true },
+      "Nothing in this time range.",
+    );
     this.plot = el(
       "div",
       { className: "plot", role: "slider", tabIndex: 0, "aria-labelledby": id, "aria-valuemin": 0 },
@@ -62,29 +57,18 @@ export class Chart {
     );
     this.table = el("div", { className: "visually-hidden" });
     figure.append(
-      el("figcaption", { id }, el("span", { className: "title" }, spec.title), this.createLegend()),
+      el(
+        "figcaption",
+        { id },
+        el("span", { className: "title" }, spec.title),
+        createLegend(spec.lines),
+      ),
       el("p", { className: "muted small" }, spec.description),
       this.plot,
       this.table,
     );
     this.addListeners();
     new ResizeObserver(() => this.render()).observe(this.plot);
-  }
-
-  createLegend() {
-    if (this.spec.lines.length < 2) {
-      return null;
-    }
-    const entries = this.spec.lines.map(({ name, kind, className }) => {
-      const symbol = svg("svg", { width: 22, height: 12, "aria-hidden": "true" });
-      symbol.append(
-        kind === "line"
-          ? svg("path", { d: "M1 6H21", class: `stroke ${className}` })
-          : svg("rect", { x: 4, y: 0, width: 12, height: 12, rx: 2, class: `fill ${className}` }),
-      );
-      return el("span", { className: "legend-entry" }, symbol, name);
-    });
-    return el("span", { className: "legend small" }, ...entries);
   }
 
   /** @param {object[]} rows with `at`, oldest first @param {string} step */
@@ -99,7 +83,14 @@ export class Chart {
   }
 
   addListeners() {
-    const moves = { ArrowLeft: -1, ArrowDown: -1, ArrowRight: 1, ArrowUp: 1, PageDown: -10, PageUp: 10 };
+    const moves = {
+      ArrowLeft: -1,
+      ArrowDown: -1,
+      ArrowRight: 1,
+      ArrowUp: 1,
+      PageDown: -10,
+      PageUp: 10,
+    };
     this.plot.addEventListener("keydown", (event) => {
       const last = this.rows.length - 1;
       const current = this.selected ?? last;

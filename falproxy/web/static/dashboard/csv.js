@@ -24,7 +24,8 @@ function cell(value) {
   if (value === null || value === undefined) {
     return "";
   }
-  const text = typeof value === "string" && /^[=+\-@\t\r]/.test(value) ? `'${value}` : String(value);
+  const text =
+    typeof value === "string" && /^[=+\-@\t\r]/.test(value) ? `'${value}` : String(value);
   return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
 }
 
@@ -49,7 +50,8 @@ export function addExportButton(panel, name, getRows) {
         type: "button",
         className: "button quiet",
         "aria-label": `Export ${heading.textContent} as CSV`,
-        onclick: () => saveFile(`falproxy-${name}.csv`, new Blob([toCsv(getRows())], { type: "text/csv" })),
+        onclick: () =>
+          saveFile(`falproxy-${name}.csv`, new Blob([toCsv(getRows())], { type: "text/csv" })),
       },
       "CSV",
     ),

@@ -7,20 +7,33 @@ import { setTable } from "./tables.js";
 let shown = [];
 let isStarted = false;
 
-/** @param {object} performance document of `api/usage/performance` @param {(filters: object) => void} showCalls */
+/**
+ * @param {object} performance document of `api/usage/performance`
+ * @param {(filters: object) => void} showCalls
+ */
 export function showFailures(performance, showCalls) {
   if (!isStarted) {
     isStarted = true;
     addExportButton(byId("failures").closest("section"), "failures", () => [
       ["status", "error", "endpoint", "calls", "before", "first", "last"],
       ...shown.map((row) => [
-        row.status, row.error, row.endpoint, row.calls, row.previous, row.first_at, row.last_at,
+        row.status,
+        row.error,
+        row.endpoint,
+        row.calls,
+        row.previous,
+        row.first_at,
+        row.last_at,
       ]),
     ]);
   }
   shown = performance.failures;
   const lines = shown.map((row) => [
-    el("th", { scope: "row" }, el("span", { className: `chip ${statusClass(row.status)}` }, String(row.status))),
+    el(
+      "th",
+      { scope: "row" },
+      el("span", { className: `chip ${statusClass(row.status)}` }, String(row.status)),
+    ),
     el(
       "td",
       { className: "text wraps" },
@@ -39,10 +52,19 @@ export function showFailures(performance, showCalls) {
 
 function callsButton(row, showCalls) {
   const name = `Show the calls with ${row.error ?? row.status} of ${row.endpoint ?? "no endpoint"}`;
-  const filters = { status: String(row.status), error: row.error ?? "", endpoint: row.endpoint ?? "" };
+  const filters = {
+    status: String(row.status),
+    error: row.error ?? "",
+    endpoint: row.endpoint ?? "",
+  };
   return el(
     "button",
-    { type: "button", className: "button small-button", "aria-label": name, onclick: () => showCalls(filters) },
+    {
+      type: "button",
+      className: "button small-button",
+      "aria-label": name,
+      onclick: () => showCalls(filters),
+    },
     "Show",
   );
 }

@@ -10,7 +10,11 @@ import { el } from "../dom.js";
  * @param {object} options content: nodes; send: returns the request; show: called with the document of the
  *   response and the dialog; onChange: called after it
  */
-export function openDialog(title, action, { content, send, show, onChange, isDangerous = false, className = "" }) {
+export function openDialog(
+  title,
+  action,
+  { content, send, show, onChange, isDangerous = false, className = "" },
+) {
   const problem = el("p", { className: "problem", role: "alert" });
   const kind = isDangerous ? "danger" : "primary";
   const submit = el("button", { type: "submit", className: `button ${kind}` }, action);
@@ -23,7 +27,11 @@ export function openDialog(title, action, { content, send, show, onChange, isDan
     el(
       "div",
       { className: "row end" },
-      el("button", { type: "button", className: "button quiet", onclick: () => dialog.close() }, "Cancel"),
+      el(
+        "button",
+        { type: "button", className: "button quiet", onclick: () => dialog.close() },
+        "Cancel",
+      ),
       submit,
     ),
   );

@@ -7,16 +7,31 @@ const LIMITS = [
   ["rate", "Rate", "60/minute", "Model calls in a window."],
   ["concurrency", "Concurrency", "8", "Model calls at once."],
   ["budget", "Budget in USD", "5/day", "In a window, such as a day or month."],
-  ["endpoints", "Endpoints", "fal-ai/flux**", "Patterns, comma separated. Empty: all that the proxy allows."],
+  [
+    "endpoints",
+    "Endpoints",
+    "fal-ai/flux**",
+    "Patterns, comma separated. Empty: all that the proxy allows.",
+  ],
   ["expires", "Expires", "90d", "After a time, or on a date such as 2027-01-31. Empty: never."],
 ];
 
 /** @param {() => Promise<void>} onChange called when the key is created */
 export function openCreateDialog(onChange) {
-  const name = el("input", { id: "key-name", required: true, autocomplete: "off", spellcheck: false });
+  const name = el("input", {
+    id: "key-name",
+    required: true,
+    autocomplete: "off",
+    spellcheck: false,
+  });
   const inputs = LIMITS.map(([field, label, placeholder, hint]) => {
     const id = `key-${field}`;
-    const input = el("input", { id, placeholder, autocomplete: "off", "aria-describedby": `${id}-hint` });
+    const input = el("input", {
+      id,
+      placeholder,
+      autocomplete: "off",
+      "aria-describedby": `${id}-hint`,
+    });
     const line = el("p", { className: "hint", id: `${id}-hint` }, hint);
     return { field, input, node: labelled(label, input, line) };
   });
@@ -25,7 +40,9 @@ export function openCreateDialog(onChange) {
     className: "wide",
     send: () => {
       const given = inputs.filter(({ input }) => input.value.trim() !== "");
-      const fields = Object.fromEntries(given.map(({ field, input }) => [field, input.value.trim()]));
+      const fields = Object.fromEntries(
+        given.map(({ field, input }) => [field, input.value.trim()]),
+      );
       return { path: KEYS_PATH, method: "POST", body: { name: name.value.trim(), ...fields } };
     },
     show: showSecret,
@@ -37,12 +54,21 @@ export function openCreateDialog(onChange) {
 /** @param {object} key @param {() => Promise<void>} onChange called when the secret is replaced */
 export function openRotateDialog(key, onChange) {
   const id = "key-grace";
-  const grace = el("input", { id, placeholder: "1h", autocomplete: "off", "aria-describedby": `${id}-hint` });
+  const grace = el("input", {
+    id,
+    placeholder: "1h",
+    autocomplete: "off",
+    "aria-describedby": `${id}-hint`,
+  });
   const explanation = "How long the old secret stays valid. Empty: not at all.";
   const hint = el("p", { className: "hint", id: `${id}-hint` }, explanation);
   openDialog(`Rotate the key ${key.name}?`, "Rotate", {
     content: [
-      el("p", { className: "muted" }, "The key gets a new secret, and keeps its name, limits and jobs."),
+      el(
+        "p",
+        { className: "muted" },
+        "The key gets a new secret, and keeps its name, limits and jobs.",
+      ),
       labelled("Grace period", grace, hint),
     ],
     send: () => ({
@@ -76,8 +102,13 @@ export function openRevokeDialog(key, onChange) {
 /** Replace the content of a dialog by the secret of a key, which is shown only here. */
 function showSecret(key, dialog) {
   const secret = el("input", {
-    id: "key-secret", className: "mono", readOnly: true, value: key.secret, autocomplete: "off",
-    spellcheck: false, onfocus: () => secret.select(),
+    id: "key-secret",
+    className: "mono",
+    readOnly: true,
+    value: key.secret,
+    autocomplete: "off",
+    spellcheck: false,
+    onfocus: () => secret.select(),
   });
   const copied = el("span", { className: "muted small", role: "status" });
   const copy = el(
@@ -91,7 +122,11 @@ function showSecret(key, dialog) {
     },
     "Copy",
   );
-  const done = el("button", { type: "button", className: "button", onclick: () => dialog.close() }, "Done");
+  const done = el(
+    "button",
+    { type: "button", className: "button", onclick: () => dialog.close() },
+    "Done",
+  );
   dialog.replaceChildren(
     el(
       "div",

@@ -46,7 +46,11 @@ async function refreshKeys() {
 function renderKeys(keys, spending) {
   const lines = keys.map((key) => [
     el("th", { scope: "row" }, key.name),
-    el("td", { className: "text" }, el("span", { className: `chip ${STATE_CLASSES[key.state]}` }, key.state)),
+    el(
+      "td",
+      { className: "text" },
+      el("span", { className: `chip ${STATE_CLASSES[key.state]}` }, key.state),
+    ),
     el("td", {}, key.rate ?? NONE),
     el("td", {}, key.concurrency === null ? NONE : String(key.concurrency)),
     el("td", { className: "budget" }, budgetCell(key, spending)),
@@ -56,7 +60,15 @@ function renderKeys(keys, spending) {
     el("td", {}, actions(key)),
   ]);
   const headings = [
-    "Name", "State", "Rate", "Concurrency", "Budget", "Endpoints", "Expires", "Last used", "Actions",
+    "Name",
+    "State",
+    "Rate",
+    "Concurrency",
+    "Budget",
+    "Endpoints",
+    "Expires",
+    "Last used",
+    "Actions",
   ];
   keepFocus(() => setTable("keys", headings, lines, [1, 5]));
 }
@@ -74,7 +86,9 @@ function budgetCell(key, spending) {
     return label;
   }
   const share = Math.min(1, spent / limit);
-  const bar = el("span", { className: share >= 1 ? "failed" : share >= 0.8 ? "nearly" : "succeeded" });
+  const bar = el("span", {
+    className: share >= 1 ? "failed" : share >= 0.8 ? "nearly" : "succeeded",
+  });
   bar.style.width = `${share * 100}%`;
   return el(
     "span",
@@ -87,11 +101,14 @@ function budgetCell(key, spending) {
 
 /** Return the spending of each caller in the current window of each budget, by window. */
 async function loadSpending(keys) {
-  const periods = new Set(keys.filter(({ budget }) => budget !== null).map(({ budget }) => budget.split("/")[1]));
+  const periods = new Set(
+    keys.filter(({ budget }) => budget !== null).map(({ budget }) => budget.split("/")[1]),
+  );
   const spending = new Map();
   for (const period of periods) {
     const since = windowStart(period, new Date());
-    const response = since && (await fetchFromProxy(`api/usage?by=principal&since=${since.toISOString()}`));
+    const response =
+      since && (await fetchFromProxy(`api/usage?by=principal&since=${since.toISOString()}`));
     if (response?.ok) {
       const { rows } = await response.json();
       spending.set(period, new Map(rows.map(({ name, spent }) => [name, spent ?? 0])));
@@ -116,7 +133,9 @@ function windowStart(period, now) {
     return null;
   }
   const offset = seconds % NAMED.week === 0 ? MONDAY_OFFSET : 0;
-  return new Date((Math.floor((now.getTime() / 1000 - offset) / seconds) * seconds + offset) * 1000);
+  return new Date(
+    (Math.floor((now.getTime() / 1000 - offset) / seconds) * seconds + offset) * 1000,
+  );
 }
 
 /** Run `render`, which replaces the buttons of the table, and focus the same button again. */
@@ -151,7 +170,9 @@ function actions(key) {
 }
 
 function formatDate(text, none) {
-  return text === null ? none : new Date(text).toLocaleString(undefined, { dateStyle: "medium", timeStyle: "short" });
+  return text === null
+    ? none
+    : new Date(text).toLocaleString(undefined, { dateStyle: "medium", timeStyle: "short" });
 }
 
 function showProblem(text) {

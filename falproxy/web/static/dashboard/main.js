@@ -185,8 +185,7 @@ async function showResponseError(response) {
     return;
   }
   const document = await response.json().catch(() => null);
-  const message =
-    document?.error?.message ?? `The proxy responded with status ${response.status}.`;
+  const message = document?.error?.message ?? `The proxy responded with status ${response.status}.`;
   showNotice("bad", `${message}${staleNote()}`);
 }
 

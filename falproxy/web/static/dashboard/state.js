@@ -5,8 +5,16 @@ import { formatCount, formatQuantity, formatWhen } from "./format.js";
 import { setTile } from "./tiles_and_charts.js";
 
 const NAMES = {
-  fal: "fal.ai", ledger: "Ledger", cache: "Result cache", limits: "Limits", idempotency: "Idempotency keys",
-  storage: "Storage of files", owners: "Request owners", postgres: "PostgreSQL", redis: "Redis", supabase: "Supabase",
+  fal: "fal.ai",
+  ledger: "Ledger",
+  cache: "Result cache",
+  limits: "Limits",
+  idempotency: "Idempotency keys",
+  storage: "Storage of files",
+  owners: "Request owners",
+  postgres: "PostgreSQL",
+  redis: "Redis",
+  supabase: "Supabase",
 };
 
 /**
@@ -27,7 +35,11 @@ export async function showState(isVisible, signal) {
   }
   const state = await response.json();
   const jobs = state.running_jobs === null ? "unknown" : formatCount(state.running_jobs);
-  setTile("in-flight", jobs, `jobs of the last hour; ${formatQuantity(state.in_progress, "request")} open`);
+  setTile(
+    "in-flight",
+    jobs,
+    `jobs of the last hour; ${formatQuantity(state.in_progress, "request")} open`,
+  );
   byId("state").replaceChildren(
     ...state.dependencies.map(dependencyItem),
     ...state.backup_hosts.map(({ host, is_used }) =>
@@ -41,12 +53,17 @@ export async function showState(isVisible, signal) {
 function dependencyItem({ name, is_up, since, error }) {
   const when = since === null ? "" : `since ${formatWhen(new Date(since))}`;
   const reason = !is_up && error !== null ? error : "";
-  return item(NAMES[name] ?? name, is_up ? "good" : "bad", is_up ? "works" : "fails", [when, reason]);
+  return item(NAMES[name] ?? name, is_up ? "good" : "bad", is_up ? "works" : "fails", [
+    when,
+    reason,
+  ]);
 }
 
 function keysItem({ fal_keys, fal_keys_resting }) {
   const hasResting = fal_keys_resting > 0;
-  const text = hasResting ? `${formatCount(fal_keys_resting)} of ${formatCount(fal_keys)} set aside` : `${formatCount(fal_keys)} in use`;
+  const text = hasResting
+    ? `${formatCount(fal_keys_resting)} of ${formatCount(fal_keys)} set aside`
+    : `${formatCount(fal_keys)} in use`;
   return item("fal keys", hasResting ? "warn" : "good", text);
 }
 
@@ -67,8 +84,12 @@ function summary(state) {
     formatQuantity(state.workers, "process", "processes"),
     state.started_at === null ? "" : `started ${formatWhen(new Date(state.started_at))}`,
     state.worker_restarts ? `${formatQuantity(state.worker_restarts, "restart")} of workers` : "",
-    state.ledger_backlog_rows ? `${formatQuantity(state.ledger_backlog_rows, "row")} not written yet` : "",
-    state.ledger_dropped_rows ? `${formatQuantity(state.ledger_dropped_rows, "row")} of the ledger lost` : "",
+    state.ledger_backlog_rows
+      ? `${formatQuantity(state.ledger_backlog_rows, "row")} not written yet`
+      : "",
+    state.ledger_dropped_rows
+      ? `${formatQuantity(state.ledger_dropped_rows, "row")} of the ledger lost`
+      : "",
   ];
   return `${parts.filter((part) => part !== "").join(" · ")}`;
 }

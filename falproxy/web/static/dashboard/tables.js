@@ -29,7 +29,12 @@ export function showTables(usage) {
   shown = usage;
   if (!hasExports) {
     hasExports = true;
-    for (const [id, name] of [["endpoints", "endpoints"], ["routes", "routes"], ["principals", "principals"], ["users", "users"]]) {
+    for (const [id, name] of [
+      ["endpoints", "endpoints"],
+      ["routes", "routes"],
+      ["principals", "principals"],
+      ["users", "users"],
+    ]) {
       addExportButton(byId(id).closest("section"), name, () => exportedRows(shown[name] ?? []));
     }
   }
@@ -37,7 +42,19 @@ export function showTables(usage) {
 
 let shown = null;
 let hasExports = false;
-const EXPORTED = ["name", "principal", "calls", "errors", "hits", "misses", "spent", "saved", "unpriced", "upstream_seconds", "own_seconds"];
+const EXPORTED = [
+  "name",
+  "principal",
+  "calls",
+  "errors",
+  "hits",
+  "misses",
+  "spent",
+  "saved",
+  "unpriced",
+  "upstream_seconds",
+  "own_seconds",
+];
 
 function exportedRows(rows) {
   return [EXPORTED, ...rows.map((row) => EXPORTED.map((name) => row[name] ?? null))];

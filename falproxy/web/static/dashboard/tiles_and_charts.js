@@ -37,7 +37,8 @@ const CHART_SPECS = {
 const PERFORMANCE_SPECS = {
   "duration-chart": {
     title: "Duration",
-    description: "As the caller waits: until the end of a queued job, or the response of another call.",
+    description:
+      "As the caller waits: until the end of a queued job, or the response of another call.",
     format: formatDuration,
     lines: [
       { name: "p50", kind: "area", className: "is-p50", value: (row) => row.p50 },
@@ -47,7 +48,8 @@ const PERFORMANCE_SPECS = {
   },
   "parts-chart": {
     title: "Parts of the duration",
-    description: "On average: in fal’s queue, running at fal, and in falproxy. A call that is not queued runs only.",
+    description:
+      "On average: in fal’s queue, running at fal, and in falproxy. A call that is not queued runs only.",
     format: formatDuration,
     lines: [
       { name: "queue", kind: "bar", className: "is-queue", value: (row) => row.queue_seconds },
@@ -61,21 +63,42 @@ const PERFORMANCE_SPECS = {
     isWhole: true,
     format: formatShortCount,
     lines: [
-      { name: "5xx failed", kind: "bar", className: "is-server-error", value: (row) => failures(row, 500, 599) },
-      { name: "429 and 402 limited", kind: "bar", className: "is-limited", value: (row) => failures(row, 429, 429) + failures(row, 402, 402) },
-      { name: "499 cancelled", kind: "bar", className: "is-cancelled", value: (row) => failures(row, 499, 499) },
+      {
+        name: "5xx failed",
+        kind: "bar",
+        className: "is-server-error",
+        value: (row) => failures(row, 500, 599),
+      },
+      {
+        name: "429 and 402 limited",
+        kind: "bar",
+        className: "is-limited",
+        value: (row) => failures(row, 429, 429) + failures(row, 402, 402),
+      },
+      {
+        name: "499 cancelled",
+        kind: "bar",
+        className: "is-cancelled",
+        value: (row) => failures(row, 499, 499),
+      },
       { name: "other 4xx", kind: "bar", className: "is-client-error", value: otherFailures },
     ],
   },
 };
 
 function failures(row, lowest, highest) {
-  const matching = Object.entries(row.failures).filter(([status]) => status >= lowest && status <= highest);
+  const matching = Object.entries(row.failures).filter(
+    ([status]) => status >= lowest && status <= highest,
+  );
   return matching.reduce((sum, [, count]) => sum + count, 0);
 }
 
 function otherFailures(row) {
-  const counted = failures(row, 500, 599) + failures(row, 429, 429) + failures(row, 402, 402) + failures(row, 499, 499);
+  const counted =
+    failures(row, 500, 599) +
+    failures(row, 429, 429) +
+    failures(row, 402, 402) +
+    failures(row, 499, 499);
   return failures(row, 0, 999) - counted;
 }
 
@@ -89,7 +112,10 @@ export function showTilesAndCharts(usage, previous) {
   }
 }
 
-/** @param {object} performance document of `api/usage/performance` @param {object | null} previous of the period before */
+/**
+ * @param {object} performance document of `api/usage/performance`
+ * @param {object | null} previous of the period before
+ */
 export function showPerformance(performance, previous) {
   const { p50, p95, calls } = performance.durations;
   const note = calls === 0 ? "" : `half take at most ${formatDuration(p50)}`;
@@ -127,10 +153,22 @@ export function startFigures() {
 
 function showTiles(totals, previous) {
   const { calls, errors, hits, misses, unpriced } = totals;
-  const note = unpriced ? `and ${formatQuantity(unpriced, "call")} of unknown price` : perCall(totals);
+  const note = unpriced
+    ? `and ${formatQuantity(unpriced, "call")} of unknown price`
+    : perCall(totals);
   const compare = (name) => change(totals[name], previous === null ? null : previous[name]);
-  setTile("calls", formatCount(calls), calls ? `${formatCount(calls - errors)} succeeded` : "", compare("calls"));
-  setTile("errors", formatCount(errors), calls ? `${formatPercent(errors / calls)} of all calls` : "", compare("errors"));
+  setTile(
+    "calls",
+    formatCount(calls),
+    calls ? `${formatCount(calls - errors)} succeeded` : "",
+    compare("calls"),
+  );
+  setTile(
+    "errors",
+    formatCount(errors),
+    calls ? `${formatPercent(errors / calls)} of all calls` : "",
+    compare("errors"),
+  );
   const hitsAndMisses = `${formatQuantity(hits, "hit")}, ${formatQuantity(misses, "miss", "misses")}`;
   setTile("hits", formatPercent(totals.hit_rate), hitsAndMisses);
   setTile("spent", formatUsd(totals.spent), note, compare("spent"));

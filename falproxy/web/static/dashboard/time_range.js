@@ -69,14 +69,20 @@ export function previousQuery() {
 }
 
 function customQuery(start, end) {
-  const times = [["since", start], ["until", end]].filter(([, time]) => time !== null);
+  const times = [
+    ["since", start],
+    ["until", end],
+  ].filter(([, time]) => time !== null);
   return new URLSearchParams(times.map(([name, time]) => [name, time.toISOString()]));
 }
 
 function setUrl() {
   const url = new URL(location);
   url.searchParams.set("range", range);
-  for (const [name, time] of [["since", since], ["until", until]]) {
+  for (const [name, time] of [
+    ["since", since],
+    ["until", until],
+  ]) {
     if (range === CUSTOM && time !== null) {
       url.searchParams.set(name, time.toISOString());
     } else {
