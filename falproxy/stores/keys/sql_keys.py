@@ -142,11 +142,13 @@ class SqlKeyStore:
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        await self.disconnect()
-
-    async def disconnect(self) -> None:
         with map_errors():
             await self._database.close()
+
+    async def disconnect(self) -> None:
+        """Close the connections until they are needed again."""
+        with map_errors():
+            await self._database.disconnect()
 
     async def version(self) -> KeysVersion:
         rows = await self._read(SELECT_GENERATION)

@@ -179,8 +179,13 @@ class LedgerDatabase:
         await self._reader.close()  # it is not needed for short operations
         return exists
 
+    async def disconnect(self) -> None:
+        """Close the connections that are not in use. A later operation opens them again."""
+        await self._writer.close()
+        await self._reader.close()
+
     async def close(self) -> None:
-        """Close the connections. A later operation opens them again."""
+        """Close the connections, and cancel a migration. A later operation opens them again."""
         await self._migrations.close()
         await self._writer.close()
         await self._reader.close()
@@ -190,7 +195,7 @@ class LedgerDatabase:
         connection = await self._factory.connect()
         try:
             if not await self._is_current(connection):
-                await self._migrations.run(self._schema, self._migrate)
+                await self._run_migration()
         except BaseException:
             connection.terminate()
             raise
@@ -200,6 +205,16 @@ class LedgerDatabase:
     async def _is_current(self, connection: DbConnection) -> bool:
         """Return whether no migration is pending. Requires no right to create tables."""
         return await self._has_schema(connection) and not await self._pending_migrations(connection)
+
+    async def _run_migration(self) -> None:
+        """Migrate the schema, together with others that wait for it."""
+        try:
+            await self._migrations.run(self._schema, self._migrate)
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise LedgerError("the ledger is closed") from error
 
     async def _migrate(self) -> None:
         """Migrate the schema to the newest version, on a connection of its own: operations do not
