@@ -95,23 +95,30 @@ class SqliteFactory:
         self._closing: ClosingFutures = set()
 
     async def connect(self) -> SqliteConnection:
-        with map_errors():
+        failures: list[OSError | sqlite3.Error] = []
+
+        def open_file() -> sqlite3.Connection:
+            """Runs in the thread of the connection. After an exception here, aiosqlite would end
+            the thread later than `wait_terminated` waits for it."""
             try:
-                file = await aiosqlite.Connection(self._connect, ITER_CHUNK_SIZE)
-            except OSError as error:
-                reason = error_reason(error)
-                raise LedgerError(f"{self.display_name} cannot be used: {reason}") from error
+                return connect_file(self._file, BUSY_TIMEOUT)
+            except (OSError, sqlite3.Error) as error:
+                failures.append(error)
+                return sqlite3.connect(":memory:")
+
+        with map_errors():
+            file = await aiosqlite.Connection(open_file, ITER_CHUNK_SIZE)
             connection = SqliteConnection(file, self._closing)
             try:
-                await run_open_script(file)
+                await run_open_script(file, failures)
+            except OSError as error:
+                connection.terminate()
+                reason = error_reason(error)
+                raise LedgerError(f"{self.display_name} cannot be used: {reason}") from error
             except BaseException:
                 connection.terminate()
                 raise
             return connection
-
-    def _connect(self) -> sqlite3.Connection:
-        """Open the file. Runs in the thread of the connection."""
-        return connect_file(self._file, BUSY_TIMEOUT)
 
     async def wait_terminated(self) -> None:
         if self._closing:
@@ -130,12 +137,18 @@ def sqlite_database(file: Path, schema: Schema = LEDGER_SCHEMA) -> LedgerDatabas
     return LedgerDatabase(SqliteFactory(file), schema)
 
 
-async def run_open_script(file: aiosqlite.Connection) -> None:
+async def run_open_script(
+    file: aiosqlite.Connection, failures: Sequence[OSError | sqlite3.Error]
+) -> None:
     """Switch the file to WAL. If several processes open a new file at once, SQLite lets one do so
     and fails the others immediately, without regard to the connection's timeout.
 
+    failures: of opening the file; the first one is raised.
+
     The event loop's counterpart of `file_schema.prepare_file`: the caller's timeout cancels it.
     """
+    for failure in failures:
+        raise failure
     while True:
         try:
             await file.executescript(OPEN_SCRIPT)
