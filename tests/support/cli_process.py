@@ -57,7 +57,9 @@ def start_command(
 
 
 def base_environment() -> dict[str, str]:
-    return {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    """Return the variables of a process that stops without delay, unless a test sets one."""
+    own = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    return own | {"FALPROXY_STOP_DELAY": "0"}
 
 
 def start_interpreter(

@@ -145,6 +145,7 @@ NOT_RUN: dict[tuple[str, str], str] = {
     ("docs/deployment.md", "sudo -u falproxy"): "needs root and the user of the unit",
     ("docs/embedding.md", "uvicorn --app-dir examples/fastapi"): EXAMPLES,
     ("docs/embedding.md", "cd examples/django"): EXAMPLES,
+    ("docs/performance.md", "compare --only"): "needs the environments of `make bench`",
     (
         "docs/operations.md",
         "falproxy trace",

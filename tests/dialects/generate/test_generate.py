@@ -828,8 +828,9 @@ class TestJobs:
 
     @pytest.mark.parametrize("cache", [True, False])
     async def test_a_timeout_returns_the_running_job(self, tmp_path: Path, cache: bool) -> None:
-        async with open_sandbox_proxy(tmp_path, wait=0.2, cache=cache) as proxy:
-            reply = await proxy.generate("kontext-text-to-image", {"prompt": SLOW})
+        async with open_sandbox_proxy(tmp_path, wait=1.0, cache=cache) as proxy:
+            prompt = "!delay 2 a heron at dawn"
+            reply = await proxy.generate("kontext-text-to-image", {"prompt": prompt})
             assert (reply.status, reply.document["status"]) == (202, "running")
             assert "Preference-Applied" not in reply.headers
             job_reply = await proxy.request("GET", reply.headers["Location"])
