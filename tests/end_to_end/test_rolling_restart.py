@@ -36,7 +36,12 @@ CLIENTS = (
     ["node", str(JS / "subscribe_many.mjs")],
 )
 
-pytestmark = pytest.mark.slow(seconds=15)
+pytestmark = [
+    pytest.mark.slow(seconds=15),
+    pytest.mark.skipif(
+        "RESTARTS" not in os.environ, reason="takes an idle machine: make rolling-restarts"
+    ),
+]
 ReverseProxy = Callable[..., AbstractAsyncContextManager[str]]
 
 

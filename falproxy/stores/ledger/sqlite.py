@@ -4,11 +4,12 @@ import asyncio
 import logging
 import re
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import aiosqlite
 
@@ -34,7 +35,7 @@ OPEN_SCRIPT = """
     PRAGMA synchronous = NORMAL;
 """
 
-ClosingFutures = set["asyncio.Future[object]"]
+ClosingFutures = set["asyncio.Future[Any]"]
 
 
 class SqliteConnection:
@@ -46,13 +47,13 @@ class SqliteConnection:
     privacy_statement: str | None = None  # the file mode restricts access
 
     def __init__(self, file: aiosqlite.Connection, closing: ClosingFutures) -> None:
-        self._file = file
+        self.file = file
         self._closing = closing
 
     async def fetch(self, statement: str, row: Row = ()) -> list[Row]:
         sql, order = to_sqlite(statement)
         with map_errors():
-            return list(await self._file.execute_fetchall(sql, reorder(order, row)))
+            return list(await self.file.execute_fetchall(sql, reorder(order, row)))
 
     async def execute_many(self, statement: str, rows: Sequence[Row]) -> None:
         """Execute a statement with each row. Inserts are combined into statements of many rows:
@@ -68,22 +69,22 @@ class SqliteConnection:
                     rows[at : at + ROWS_PER_STATEMENT]
                     for at in range(0, written, ROWS_PER_STATEMENT)
                 )
-                cursor = await self._file.executemany(multi_row_sql, map(flatten_rows, groups))
+                cursor = await self.file.executemany(multi_row_sql, map(flatten_rows, groups))
                 await cursor.close()
-            cursor = await self._file.executemany(sql, rows[written:])
+            cursor = await self.file.executemany(sql, rows[written:])
             await cursor.close()
 
     async def close(self) -> None:
         with map_errors():
-            await self._file.close()
+            await self.file.close()
 
     def terminate(self) -> None:
         # The thread of the connection ends after its current statement.
-        if (closed := self._file.stop()) is not None:
+        if (closed := self.file.stop()) is not None:
             self._closing.add(closed)
             closed.add_done_callback(self._on_closed)
 
-    def _on_closed(self, future: "asyncio.Future[object]") -> None:
+    def _on_closed(self, future: "asyncio.Future[Any]") -> None:
         self._closing.discard(future)
         future.exception()  # retrieved so that asyncio does not log it; callers had an error
 
@@ -107,8 +108,8 @@ class SqliteFactory:
                 return sqlite3.connect(":memory:")
 
         with map_errors():
-            file = await aiosqlite.Connection(open_file, ITER_CHUNK_SIZE)
-            connection = SqliteConnection(file, self._closing)
+            connection = await self._start(open_file)
+            file = connection.file
             try:
                 await run_open_script(file, failures)
             except OSError as error:
@@ -120,9 +121,33 @@ class SqliteFactory:
                 raise
             return connection
 
+    async def _start(self, open_file: Callable[[], sqlite3.Connection]) -> "SqliteConnection":
+        """Open a connection. It is terminated later if the caller is cancelled meanwhile: aiosqlite
+        would end its thread at a time that `wait_terminated` does not know."""
+
+        async def start() -> SqliteConnection:
+            file = await aiosqlite.Connection(open_file, ITER_CHUNK_SIZE)
+            return SqliteConnection(file, self._closing)
+
+        def discard(ended: asyncio.Future[SqliteConnection]) -> None:
+            self._closing.discard(ended)
+            if not ended.cancelled() and ended.exception() is None:
+                ended.result().terminate()
+
+        starting = asyncio.ensure_future(start())
+        try:
+            return await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            self._closing.add(starting)
+            starting.add_done_callback(discard)
+            raise
+
     async def wait_terminated(self) -> None:
-        if self._closing:
-            await asyncio.wait(self._closing, timeout=BUSY_TIMEOUT + 1)
+        while self._closing:  # a connection that is being opened is terminated after that
+            _, running = await asyncio.wait(self._closing, timeout=BUSY_TIMEOUT + 1)
+            if running:
+                break
+            await asyncio.sleep(0)
 
 
 def sqlite_ledger(file: Path) -> SqlLedger:
