@@ -1,5 +1,7 @@
-"""Errors of a connection to PostgreSQL: they have no part of DATABASE_URL."""
+"""Errors of connections to the ledger: they have no part of DATABASE_URL, and leave no thread."""
 
+import asyncio
+import threading
 import traceback
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pytest
 from falproxy.errors import SettingsError
 from falproxy.stores.ledger import LedgerError
 from falproxy.stores.ledger.postgres import connect_error_message
+from falproxy.stores.ledger.sqlite import SqliteFactory
 from falproxy.stores.ledger.writer import choose_ledger
 
 CANARY = "c4nary"
@@ -45,3 +48,19 @@ async def test_an_error_has_no_part_of_the_url(url: str, tmp_path: Path) -> None
 )
 def test_the_message_names_the_cause(error: Exception, message: str) -> None:
     assert connect_error_message(error) == message
+
+
+async def test_a_connection_is_terminated_if_its_caller_leaves_while_it_is_opened(
+    tmp_path: Path,
+) -> None:
+    factory, before = SqliteFactory(tmp_path / "ledger.sqlite"), set(threading.enumerate())
+    for turns in range(4):
+        connecting = asyncio.ensure_future(factory.connect())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        connecting.cancel()
+        await asyncio.wait([connecting])
+    await factory.wait_terminated()
+    async with asyncio.timeout(5):  # the thread ends just after it has reported
+        while set(threading.enumerate()) - before:
+            await asyncio.sleep(0.01)
