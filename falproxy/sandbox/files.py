@@ -13,6 +13,7 @@ from typing import IO
 from urllib.parse import urlsplit
 
 TOTAL_MAX = 4 * 2**30  # bytes of all files together; above that, the oldest are removed
+REMOVE_ATTEMPTS = 5
 NAME_MAX = 100
 
 
@@ -60,7 +61,10 @@ class FileStore:
             # A thread that still stores a file does not find the directory any more.
             root = Path(self._directory.name)
             removed = root.rename(root.with_name(f"{root.name}-removed"))
-            shutil.rmtree(removed, ignore_errors=True)
+            for _ in range(REMOVE_ATTEMPTS):  # a thread may be within one last call of the system
+                shutil.rmtree(removed, ignore_errors=True)
+                if not removed.exists():
+                    break
             self._directory.cleanup()
             self._directory = None
             self._files.clear()

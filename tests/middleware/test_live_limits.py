@@ -1,6 +1,7 @@
 """Limits and costs of live video: a session counts until its heartbeats end."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from decimal import Decimal
 from typing import Any
@@ -285,6 +286,7 @@ async def test_the_ledger_has_sessions_with_their_length_and_cost(
 ) -> None:
     gateway = await make(access_keys=KEYS, live_max_seconds=60.0)
     await gateway.call(ICE, json={"app_id": DIRECTOR}, headers=[ANN])
+    started_at = time.monotonic()
     session = await opened_session(gateway, ANN)
     ice, opened = await records(gateway)
     assert (ice.operation, ice.endpoint, ice.principal, ice.settled) == ("ice", DIRECTOR, "ann", 0)
@@ -300,7 +302,8 @@ async def test_the_ledger_has_sessions_with_their_length_and_cost(
     pass_time(gateway, 30)
     assert await beat(gateway, session, ANN)
     record = (await records(gateway))[1]
-    assert record.settled == pytest.approx(42 * CENT, abs=CENT)
+    elapsed = time.monotonic() - started_at  # on a busy machine, seconds
+    assert 41 * CENT <= (record.settled or 0) <= (43 + elapsed) * CENT
     live.over.add(session)
     pass_time(gateway, 10)
     assert not await beat(gateway, session, ANN)
