@@ -35,7 +35,7 @@ NOT_TRACED: AbstractContextManager[ClientSpan] = nullcontext(UnrecordedSpan())
 
 
 def client_span(system: str, operation: str, host: str = "") -> AbstractContextManager[ClientSpan]:
-    """Return a context that records what is inside it as one request of the current call.
+    """Return a context whose duration is recorded as one request of the current call.
 
     system: redis, postgresql, supabase or image_host.
     operation: a command, or the first word of a statement, never with its arguments.

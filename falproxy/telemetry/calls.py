@@ -96,7 +96,7 @@ class TracedCall:
         return f"<TracedCall {self.span!r}>"
 
     def on_sent(self, first: Callable[[bool], None] | None, status: int, complete: bool) -> None:
-        """Finish when the response was sent, after what has to happen then in any case."""
+        """Finish when the response was sent, after an earlier callback."""
         try:
             if first is not None:
                 first(complete)

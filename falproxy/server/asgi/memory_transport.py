@@ -152,7 +152,7 @@ class MemoryTransport(asyncio.Transport):
             self._loop.call_soon(self._connection_lost)
 
     def abort(self) -> None:
-        """End the connection and drop what is not sent, so that the client cannot take a part of
+        """End the connection and drop the unsent bytes, so that the client cannot take a part of
         the response for the whole."""
         self._response.drop()
         self._response.is_complete = False

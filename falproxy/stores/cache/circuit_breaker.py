@@ -130,7 +130,7 @@ class StoreBreaker:
         )
 
     async def _write_last(self) -> None:
-        """Make a last attempt to write what is held in memory, also if the store is skipped."""
+        """Try once more to write the entries in memory, also if the store is skipped."""
         if not any(count() for count in self.unwritten_counts):
             return
         self._is_open, self._trip_future = False, None
