@@ -6,18 +6,18 @@ and the seconds until the last client has its request id, and exits with 1 for m
 
 import argparse
 import asyncio
-import os
 import re
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+from proxy_process import start_proxy
+
 sys.path.append(str(Path(__file__).parents[1]))
 from tests.support.redis_server import redis_server
 
 NODES = 3
-LISTENS = re.compile(rb"listens on http://127\.0\.0\.1:(\d+)")
 BODY = b'{"prompt": "a lighthouse", "seed": 7}'
 SUBMIT = (
     b"POST /api/fal/proxy HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -49,28 +49,6 @@ class Fal:
             writer.close()
 
 
-async def start_node(
-    fal_port: int, redis_url: str, folder: Path
-) -> tuple[asyncio.subprocess.Process, int]:
-    folder.mkdir()
-    log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT)
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "falproxy", "serve", "--port", "0"),
-        stderr=log,
-        env={
-            "PATH": os.environ["PATH"],
-            "FAL_KEY": "id:secret",
-            "FALPROXY_DATA_DIR": str(folder / "data"),
-            "FALPROXY_UPSTREAM_ORIGIN": f"http://127.0.0.1:{fal_port}",
-            "REDIS_URL": redis_url,
-        },
-    )
-    os.close(log)
-    while not (match := LISTENS.search((folder / "log").read_bytes())):
-        await asyncio.sleep(0.05)
-    return process, int(match[1])
-
-
 async def submit(port: int, start: asyncio.Event, slots: asyncio.Semaphore) -> bytes:
     async with slots:  # the queue of a listening socket is short
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**16)
@@ -91,9 +69,11 @@ async def main() -> int:
     fal_port = server.sockets[0].getsockname()[1]
     with tempfile.TemporaryDirectory() as name, redis_server() as redis:
         folder = Path(name)
-        nodes = [
-            await start_node(fal_port, redis.url, folder / str(number)) for number in range(NODES)
-        ]
+        nodes = []
+        for number in range(NODES):
+            (node := folder / str(number)).mkdir()
+            origin = f"http://127.0.0.1:{fal_port}"
+            nodes.append(await start_proxy(node, origin, REDIS_URL=redis.url))
         try:
             tasks = [
                 asyncio.create_task(submit(nodes[number % NODES][1], start, slots))

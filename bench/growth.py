@@ -15,7 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-LISTENS = re.compile(rb"listens on http://127\.0\.0\.1:(\d+)")
+from proxy_process import start_proxy
+
 RUN = b'{"prompt": "%d", "seed": 1}'
 HEAD = (
     b"POST /api/fal/proxy HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -138,23 +139,10 @@ async def main() -> int:
         server = await asyncio.start_server(fal.serve, "127.0.0.1", 0, ssl=context, backlog=4096)
         scheme = "https" if options.tls else "http"
         fal_port = server.sockets[0].getsockname()[1]
-        log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT)
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "falproxy", "serve", "--port", "0"),
-            stderr=log,
-            env={
-                **environment,
-                "PATH": os.environ["PATH"],
-                "FAL_KEY": "id:secret",
-                "FALPROXY_DATA_DIR": str(folder / "data"),
-                "FALPROXY_UPSTREAM_ORIGIN": f"{scheme}://127.0.0.1:{fal_port}",
-            },
-        )
-        os.close(log)
+        origin = f"{scheme}://127.0.0.1:{fal_port}"
+        process, port = await start_proxy(folder, origin, **environment)
         try:
-            while not (match := LISTENS.search((folder / "log").read_bytes())):
-                await asyncio.sleep(0.05)
-            await measure(fal, process.pid, int(match[1]), options)
+            await measure(fal, process.pid, port, options)
         finally:
             process.terminate()
             await process.wait()

@@ -32,13 +32,11 @@ from falproxy.stores.ledger import (
 )
 from falproxy.stores.ledger.call_list import CallQuery, list_calls
 from falproxy.stores.ledger.database import LedgerDatabase
-from falproxy.stores.ledger.postgres import postgres_ledger
 from falproxy.stores.ledger.schema import Schema, SqlDialect
-from falproxy.stores.ledger.sqlite import sqlite_ledger
 from falproxy.stores.ledger.statements import LEDGER_SCHEMA
 from falproxy.stores.ledger.writer import LedgerWriter
+from tests.support.ledger_processes import DATABASES, LedgerProcesses, ledger_processes
 from tests.support.ledger_schema import UNDO_CALL_TIMES
-from tests.support.store_processes import StoreProcesses
 
 LEASE_SECONDS = 0.2
 ANN = Lease("ann", 30.0)
@@ -84,27 +82,22 @@ OLD_LEDGER = """
             '[]', NULL, NULL, 25000, 25000, 1800000000000, 1800000000000, 1800000001000, 'p', 0)
 """
 
-Processes = StoreProcesses[Ledger]
 
-
-@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.slow)])
-async def processes(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Processes]:
-    if request.param == "sqlite":
-        processes = Processes(lambda: sqlite_ledger(tmp_path / "data" / "ledger.sqlite"))
-    else:
-        url = request.getfixturevalue("postgres").fresh()
-        processes = Processes(lambda: postgres_ledger(url))
-    async with processes.stack:
-        yield processes
+@pytest.fixture(params=DATABASES)
+async def processes(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> AsyncIterator[LedgerProcesses]:
+    async with ledger_processes(request, tmp_path) as opened:
+        yield opened
 
 
 @pytest.fixture
-async def ledger(processes: Processes) -> Ledger:
+async def ledger(processes: LedgerProcesses) -> Ledger:
     return await processes.store()
 
 
 @pytest.fixture
-async def other(processes: Processes) -> Ledger:
+async def other(processes: LedgerProcesses) -> Ledger:
     """The ledger of another process."""
     return await processes.store()
 
@@ -609,7 +602,7 @@ async def test_a_process_that_renews_its_leases_keeps_its_jobs(
         assert await other.claim_jobs(BEN) == []
 
 
-async def test_concurrent_claims_get_different_jobs(processes: Processes) -> None:
+async def test_concurrent_claims_get_different_jobs(processes: LedgerProcesses) -> None:
     ledgers = [await processes.store() for _ in range(5)]
     for _ in range(5):
         added = [await ledgers[0].add_job(job(), Lease("gone", 0.0)) for _ in range(100)]
@@ -631,13 +624,13 @@ async def test_ids_of_a_job_are_stored_exactly_or_rejected(ledger: Ledger, name:
         assert await ledger.get_job(new.id, stored.owner) == stored
 
 
-async def test_several_processes_can_create_the_schema_at_once(processes: Processes) -> None:
+async def test_several_processes_can_create_the_schema_at_once(processes: LedgerProcesses) -> None:
     ledgers = [await processes.store() for _ in range(6)]
     await asyncio.gather(*(process.write([record()]) for process in ledgers))
     assert (await grand_total(ledgers[0])).calls == 6
 
 
-async def test_records_and_jobs_survive_a_restart(processes: Processes) -> None:
+async def test_records_and_jobs_survive_a_restart(processes: LedgerProcesses) -> None:
     async with processes.make() as first:
         await first.write([FULL])
         stored = await first.add_job(job(), ANN)
@@ -646,7 +639,7 @@ async def test_records_and_jobs_survive_a_restart(processes: Processes) -> None:
         assert await second.get_job(stored.id, "ann") == stored
 
 
-async def test_a_ledger_of_the_first_version_is_migrated(processes: Processes) -> None:
+async def test_a_ledger_of_the_first_version_is_migrated(processes: LedgerProcesses) -> None:
     async with processes.make() as first:
         await first.write([FULL])
         for statement in (
@@ -665,7 +658,7 @@ async def test_a_ledger_of_the_first_version_is_migrated(processes: Processes) -
 
 
 async def test_a_ledger_that_an_older_release_wrote_is_migrated(
-    processes: Processes,
+    processes: LedgerProcesses,
 ) -> None:
     async with processes.make() as writer:
         database = writer._database  # type: ignore[attr-defined]
@@ -702,7 +695,9 @@ def with_schema(ledger: Ledger, schema: Schema) -> LedgerDatabase:
     return LedgerDatabase(database._factory, schema)
 
 
-async def test_two_versions_work_side_by_side_and_after_a_roll_back(processes: Processes) -> None:
+async def test_two_versions_work_side_by_side_and_after_a_roll_back(
+    processes: LedgerProcesses,
+) -> None:
     async with processes.make() as older:
         await older.write([record(id="before")])
         newer = with_schema(older, NEWER)
@@ -725,7 +720,7 @@ async def test_two_versions_work_side_by_side_and_after_a_roll_back(processes: P
 
 @pytest.mark.parametrize("knows_readers", [True, False])
 async def test_a_newer_schema_that_this_version_cannot_work_with_is_rejected(
-    processes: Processes, knows_readers: bool
+    processes: LedgerProcesses, knows_readers: bool
 ) -> None:
     async with processes.make() as ledger:
         newer = with_schema(ledger, replace(NEWER, min_reader=NEWEST))

@@ -19,12 +19,10 @@ from falproxy.stores.ledger import (
     UserTotals,
     database,
 )
-from falproxy.stores.ledger.postgres import postgres_ledger
 from falproxy.stores.ledger.schema import Schema
-from falproxy.stores.ledger.sqlite import sqlite_ledger
 from falproxy.stores.ledger.statements import LEDGER_SCHEMA
+from tests.support.ledger_processes import DATABASES, LedgerProcesses, ledger_processes
 from tests.support.ledger_schema import UNDO_CALL_TIMES
-from tests.support.store_processes import StoreProcesses
 
 HOUR, DAY = 3600.0, 86400.0
 START = 1_800_000_000.0 // DAY * DAY
@@ -32,23 +30,16 @@ END = START + 100 * DAY
 ALL = UsageQuery()
 
 
-class Processes(StoreProcesses[Ledger]):
-    """The ledgers of several processes, in one database."""
-
-
-@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.slow)])
-async def processes(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Processes]:
-    if request.param == "sqlite":
-        processes = Processes(lambda: sqlite_ledger(tmp_path / "ledger.sqlite"))
-    else:
-        url = request.getfixturevalue("postgres").fresh()
-        processes = Processes(lambda: postgres_ledger(url))
-    async with processes.stack:
-        yield processes
+@pytest.fixture(params=DATABASES)
+async def processes(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> AsyncIterator[LedgerProcesses]:
+    async with ledger_processes(request, tmp_path) as opened:
+        yield opened
 
 
 @pytest.fixture
-async def ledger(processes: Processes) -> Ledger:
+async def ledger(processes: LedgerProcesses) -> Ledger:
     return await processes.store()
 
 
@@ -154,7 +145,7 @@ async def test_deleted_records_do_not_count(ledger: Ledger) -> None:
     ], rows
 
 
-async def test_records_of_an_older_version_are_counted(processes: Processes) -> None:
+async def test_records_of_an_older_version_are_counted(processes: LedgerProcesses) -> None:
     """Nodes of both versions write while one is replaced by the other."""
     async with processes.make() as current:
         await current.probe()
@@ -179,7 +170,7 @@ async def test_records_of_an_older_version_are_counted(processes: Processes) -> 
             await sum_all(current)
 
 
-async def test_records_from_before_the_migration_are_summed(processes: Processes) -> None:
+async def test_records_from_before_the_migration_are_summed(processes: LedgerProcesses) -> None:
     async with processes.make() as first:
         await first.write([record(START), record(START + DAY)])
         for statement in (
@@ -195,7 +186,7 @@ async def test_records_from_before_the_migration_are_summed(processes: Processes
 
 
 async def test_operations_do_not_wait_for_a_long_migration(
-    processes: Processes, monkeypatch: pytest.MonkeyPatch
+    processes: LedgerProcesses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It goes on after the operation that started it has failed."""
     async with processes.make() as first:
@@ -224,7 +215,7 @@ async def test_operations_do_not_wait_for_a_long_migration(
         ]
 
 
-async def test_processes_sum_while_others_write(processes: Processes) -> None:
+async def test_processes_sum_while_others_write(processes: LedgerProcesses) -> None:
     """No record is lost between the sums of a period and the records after them."""
     writers = [await processes.store() for _ in range(3)]
     summing = [await processes.store() for _ in range(2)]

@@ -4,100 +4,46 @@ their credential, and is never another caller's."""
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jwt
 import pytest
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
 import falproxy
-from falproxy import Identity, create_app
+from falproxy import Identity
 from falproxy.app.pipeline import authorization
 from falproxy.limit_settings import NO_CALLER_LIMITS, parse_rate
 from falproxy.middleware import tokens
-from falproxy.middleware.access import AuthHook
-from falproxy.server.fast_path.protocol import ROUTE_CACHE
-from falproxy.server.fast_path.route_cache import RouteCache
 from falproxy.stores.keys import Expiry, KeyChange, NewKey
 from falproxy.stores.keys.known_keys import KNOWN_KEYS
 from falproxy.stores.keys.sql_keys import choose_key_store
-from tests.support.empty_ledger import with_empty_ledger
-from tests.support.fake_fal import FakeFal, respond_as_queue
-from tests.support.gateway import FastPathTestServer
+from tests.support.fake_fal import FakeFal
 from tests.support.key_search import CANARY
-from tests.support.polling_client import PollingClient, poll_request, submit_request
-from tests.support.settings import make_settings
+from tests.support.polled_proxy import (
+    SECRET,
+    MakeProxy,
+    PolledProxy,
+    bearer,
+    polled_proxies,
+    token_of,
+)
+from tests.support.polling_client import poll_request, submit_request
 
 pytestmark = pytest.mark.both_event_loops
 
-SECRET = "a-secret-that-is-long-enough-for-hmac-with-sha-512-so-that-nothing-warns-here"
-
-
-def token_of(subject: str, *, secret: str = SECRET, **changes: object) -> str:
-    claims = {"sub": subject, "aud": "authenticated", "exp": time.time() + 60} | changes
-    return jwt.encode(claims, secret)
-
-
-def bearer(token: str) -> str:
-    return f"Authorization: Bearer {token}"
-
-
-@dataclass(slots=True)
-class Proxy:
-    server: FastPathTestServer
-    stack: AsyncExitStack
-    fal: FakeFal
-
-    @property
-    def routes(self) -> RouteCache:
-        return self.server.app[ROUTE_CACHE]
-
-    @property
-    def hits(self) -> int:
-        return self.routes.hits
-
-    async def client(self) -> PollingClient:
-        assert self.server.port is not None
-        return await self.stack.enter_async_context(PollingClient(self.server.port))
-
-    async def submit(self, *lines: str) -> str:
-        """Return the request id of a new job."""
-        status, body = await (await self.client()).request(submit_request(*lines))
-        assert status == 200
-        return str(json.loads(body)["request_id"])
-
-    async def poll_of(self, *lines: str) -> bytes:
-        """Return the poll of a new job of the caller."""
-        return poll_request(await self.submit(*lines), *lines)
-
-
-Make = Callable[..., Awaitable[Proxy]]
-
 
 @pytest.fixture
-async def make(fal: FakeFal, tmp_path: Path) -> AsyncIterator[Make]:
-    fal.respond = respond_as_queue
-    async with AsyncExitStack() as stack:
-
-        async def start(hook: AuthHook | None = None, **options: object) -> Proxy:
-            settings: dict[str, Any] = {"fal_key": CANARY, "upstream_origin": fal.origin}
-            settings |= {"data_dir": tmp_path, "allowed_hosts": ("*",)} | options
-            app = create_app(with_empty_ledger(make_settings(**settings)), authenticate=hook)
-            server = FastPathTestServer(app)
-            await server.start_server()
-            stack.push_async_callback(server.close)
-            return Proxy(server, await stack.enter_async_context(AsyncExitStack()), fal)
-
+async def make(fal: FakeFal, tmp_path: Path) -> AsyncIterator[MakeProxy]:
+    async with polled_proxies(fal, tmp_path) as start:
         yield start
 
 
 @pytest.fixture
-async def proxy(make: Make) -> Proxy:
+async def proxy(make: MakeProxy) -> PolledProxy:
     return await make(jwt_secret=SECRET)
 
 
@@ -108,7 +54,7 @@ async def proxy(make: Make) -> Proxy:
     "header", ["Authorization: Bearer {}", "authorization: bearer {}", "x-falproxy-key: {}"]
 )
 async def test_equal_polls_with_a_token_take_the_fast_path(
-    proxy: Proxy, fal: FakeFal, header: str
+    proxy: PolledProxy, fal: FakeFal, header: str
 ) -> None:
     poll = await proxy.poll_of(header.format(token_of("ann")))
     client = await proxy.client()
@@ -119,7 +65,7 @@ async def test_equal_polls_with_a_token_take_the_fast_path(
 
 
 async def test_a_long_token_with_the_headers_of_a_browser_takes_the_fast_path(
-    proxy: Proxy,
+    proxy: PolledProxy,
 ) -> None:
     token = token_of("ann", user_metadata={"about": "x" * 600})
     poll = await proxy.poll_of(bearer(token), f"X-Headers-Of-A-Browser: {'x' * 900}")
@@ -130,7 +76,7 @@ async def test_a_long_token_with_the_headers_of_a_browser_takes_the_fast_path(
 
 
 async def test_polls_on_the_fast_path_are_logged_with_the_subject(
-    proxy: Proxy, caplog: pytest.LogCaptureFixture
+    proxy: PolledProxy, caplog: pytest.LogCaptureFixture
 ) -> None:
     poll = await proxy.poll_of(bearer(token_of("user-7")))
     client = await proxy.client()
@@ -142,7 +88,7 @@ async def test_polls_on_the_fast_path_are_logged_with_the_subject(
 
 
 async def test_a_token_that_expires_on_an_open_connection_is_refused(
-    proxy: Proxy, fal: FakeFal, monkeypatch: pytest.MonkeyPatch
+    proxy: PolledProxy, fal: FakeFal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokens, "LEEWAY", 0)
     expires_at = int(time.time()) + 2
@@ -163,7 +109,7 @@ async def test_a_token_that_expires_on_an_open_connection_is_refused(
     assert len(fal.seen) == seen
 
 
-async def test_in_the_leeway_a_token_is_verified_for_every_poll(proxy: Proxy) -> None:
+async def test_in_the_leeway_a_token_is_verified_for_every_poll(proxy: PolledProxy) -> None:
     poll = await proxy.poll_of(bearer(token_of("ann", exp=time.time() - 3)))
     client = await proxy.client()
     for _ in range(5):
@@ -199,7 +145,7 @@ class Clocks:
     ],
 )
 async def test_a_clock_that_is_set_back_does_not_extend_a_token(
-    proxy: Proxy, monkeypatch: pytest.MonkeyPatch, set_by: float, passed: float, expected: int
+    proxy: PolledProxy, monkeypatch: pytest.MonkeyPatch, set_by: float, passed: float, expected: int
 ) -> None:
     clocks = Clocks()
     monkeypatch.setattr(tokens, "time", clocks)
@@ -214,7 +160,7 @@ async def test_a_clock_that_is_set_back_does_not_extend_a_token(
 
 
 async def test_a_response_behind_the_end_of_a_token_does_not_reach_the_caller(
-    proxy: Proxy, fal: FakeFal, monkeypatch: pytest.MonkeyPatch
+    proxy: PolledProxy, fal: FakeFal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """fal's response needs the normal path, which refuses the token meanwhile: the connection to
     fal, in the middle of that response, is closed."""
@@ -244,7 +190,7 @@ async def test_a_response_behind_the_end_of_a_token_does_not_reach_the_caller(
 
 
 async def test_a_clock_that_is_set_forward_ends_the_fast_path_of_a_token(
-    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+    proxy: PolledProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clocks = Clocks()
     monkeypatch.setattr(tokens, "time", clocks)
@@ -260,7 +206,7 @@ async def test_a_clock_that_is_set_forward_ends_the_fast_path_of_a_token(
 
 
 async def test_a_token_that_is_not_valid_yet_takes_the_fast_path_once_it_is(
-    proxy: Proxy, fal: FakeFal
+    proxy: PolledProxy, fal: FakeFal
 ) -> None:
     request_id = await proxy.submit(bearer(token_of("ann")))
     early = token_of("ann", nbf=time.time() + tokens.LEEWAY + 1)
@@ -285,7 +231,7 @@ async def test_a_token_that_is_not_valid_yet_takes_the_fast_path_once_it_is(
     ],
 )
 async def test_an_invalid_token_never_takes_the_fast_path(
-    proxy: Proxy, fal: FakeFal, changes: dict[str, Any]
+    proxy: PolledProxy, fal: FakeFal, changes: dict[str, Any]
 ) -> None:
     request_id = await proxy.submit(bearer(token_of("ann")))
     good = poll_request(request_id, bearer(token_of("ann")))
@@ -299,7 +245,7 @@ async def test_an_invalid_token_never_takes_the_fast_path(
 
 
 async def test_several_tokens_on_one_connection_are_several_callers(
-    proxy: Proxy, fal: FakeFal
+    proxy: PolledProxy, fal: FakeFal
 ) -> None:
     polls = {name: await proxy.poll_of(bearer(token_of(name))) for name in ("ann", "bob")}
     request_id = await proxy.submit(bearer(token_of("ann", exp=time.time() + 50)))
@@ -316,7 +262,9 @@ async def test_several_tokens_on_one_connection_are_several_callers(
     assert len(fal.seen) == seen + 12
 
 
-async def test_pipelined_polls_are_authenticated_one_by_one(proxy: Proxy, fal: FakeFal) -> None:
+async def test_pipelined_polls_are_authenticated_one_by_one(
+    proxy: PolledProxy, fal: FakeFal
+) -> None:
     poll = await proxy.poll_of(bearer(token_of("ann")))
     request_id = await proxy.submit(bearer(token_of("ann")))
     expired = poll_request(request_id, bearer(token_of("ann", exp=time.time() - 60)))
@@ -334,7 +282,9 @@ async def test_pipelined_polls_are_authenticated_one_by_one(proxy: Proxy, fal: F
 
 
 @pytest.mark.parametrize("at", [10, 200, -30, -2])
-async def test_a_poll_in_two_pieces_is_authenticated(proxy: Proxy, fal: FakeFal, at: int) -> None:
+async def test_a_poll_in_two_pieces_is_authenticated(
+    proxy: PolledProxy, fal: FakeFal, at: int
+) -> None:
     lines = bearer(token_of("ann", exp=time.time() - 60))
     request_id = await proxy.submit(bearer(token_of("ann")))
     good = poll_request(request_id, bearer(token_of("ann")))
@@ -351,7 +301,7 @@ async def test_a_poll_in_two_pieces_is_authenticated(proxy: Proxy, fal: FakeFal,
 
 
 async def test_a_middleware_that_looks_at_the_body_sees_every_request_of_a_token(
-    make: Make, monkeypatch: pytest.MonkeyPatch
+    make: MakeProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bodies: list[bytes] = []
 
@@ -374,7 +324,7 @@ async def test_a_middleware_that_looks_at_the_body_sees_every_request_of_a_token
     assert (len(bodies), proxy.hits) == (12, 0)
 
 
-async def test_submits_with_a_token_are_owned(proxy: Proxy) -> None:
+async def test_submits_with_a_token_are_owned(proxy: PolledProxy) -> None:
     """Equal submits with a token take the normal path, which records their owner."""
     client, ids = await proxy.client(), set()
     for _ in range(3):
@@ -387,7 +337,7 @@ async def test_submits_with_a_token_are_owned(proxy: Proxy) -> None:
         assert await client.status(poll_request(request_id, bearer(token_of("bob")))) == 404
 
 
-async def test_rates_apply_to_callers_whose_polls_take_the_fast_path(make: Make) -> None:
+async def test_rates_apply_to_callers_whose_polls_take_the_fast_path(make: MakeProxy) -> None:
     proxy = await make(jwt_secret=SECRET, rate=parse_rate("2/minute"))
     poll = await proxy.poll_of(bearer(token_of("ann")))
     client = await proxy.client()
@@ -402,7 +352,7 @@ async def test_rates_apply_to_callers_whose_polls_take_the_fast_path(make: Make)
 # Keys made at run time
 
 
-async def test_a_changed_key_is_looked_up_again(make: Make, tmp_path: Path) -> None:
+async def test_a_changed_key_is_looked_up_again(make: MakeProxy, tmp_path: Path) -> None:
     async with choose_key_store(None, tmp_path) as store:
         proxy = await make(keys="on")
         change = KeyChange(expiry=Expiry(), limits=NO_CALLER_LIMITS, endpoints=("fal-ai/other",))
@@ -460,7 +410,7 @@ def named_for(seconds: float) -> Callable[[web.Request], Identity | None]:
     ],
 )
 async def test_a_hook_is_called_for_each_request_unless_its_identity_has_a_time(
-    make: Make, identify: Callable[[web.Request], str | Identity | None], hits: int
+    make: MakeProxy, identify: Callable[[web.Request], str | Identity | None], hits: int
 ) -> None:
     hook = Hook(identify)
     proxy = await make(hook)
@@ -474,7 +424,7 @@ async def test_a_hook_is_called_for_each_request_unless_its_identity_has_a_time(
     assert await client.status(poll.replace(b"X-Name", b"X-Other")) == 401
 
 
-async def test_an_identity_of_a_hook_ends_with_its_time(make: Make) -> None:
+async def test_an_identity_of_a_hook_ends_with_its_time(make: MakeProxy) -> None:
     hook = Hook(named_for(0.5))
     proxy = await make(hook)
     poll = await proxy.poll_of("X-Name: ann")
@@ -487,7 +437,7 @@ async def test_an_identity_of_a_hook_ends_with_its_time(make: Make) -> None:
     assert proxy.hits > 1
 
 
-async def test_the_time_of_an_identity_begins_when_the_hook_is_called(make: Make) -> None:
+async def test_the_time_of_an_identity_begins_when_the_hook_is_called(make: MakeProxy) -> None:
     async def slow(request: web.Request) -> Identity:
         await asyncio.sleep(0.1)
         return Identity("ann", valid_for=0.05)
@@ -500,7 +450,7 @@ async def test_the_time_of_an_identity_begins_when_the_hook_is_called(make: Make
     assert proxy.hits == 0
 
 
-async def test_an_identity_of_a_hook_is_for_one_connection(make: Make) -> None:
+async def test_an_identity_of_a_hook_is_for_one_connection(make: MakeProxy) -> None:
     """A hook may look at the address or the certificate: an equal head may be another caller's."""
     names: dict[object, str] = {}
 
@@ -525,7 +475,7 @@ async def test_an_identity_of_a_hook_is_for_one_connection(make: Make) -> None:
 
 
 async def test_a_hook_that_names_other_callers_for_equal_heads_is_called_for_each(
-    make: Make, fal: FakeFal
+    make: MakeProxy, fal: FakeFal
 ) -> None:
     hook = Hook(lambda request: "ann")
     proxy = await make(hook)
@@ -547,7 +497,7 @@ async def test_a_hook_that_names_other_callers_for_equal_heads_is_called_for_eac
     ],
 )
 async def test_a_later_identity_of_a_hook_ends_the_earlier_one(
-    make: Make, later: str | None, status: int
+    make: MakeProxy, later: str | None, status: int
 ) -> None:
     """The normal path calls the hook again, such as for a request in two pieces or without an idle
     connection to fal."""
@@ -566,7 +516,9 @@ async def test_a_later_identity_of_a_hook_ends_the_earlier_one(
     assert proxy.hits == 1
 
 
-async def test_a_caller_with_a_key_or_token_is_on_the_fast_path_beside_a_hook(make: Make) -> None:
+async def test_a_caller_with_a_key_or_token_is_on_the_fast_path_beside_a_hook(
+    make: MakeProxy,
+) -> None:
     hook = Hook(name_of)
     secret = "a-key-of-16-chars"
     proxy = await make(hook, access_keys=(("web", secret),), jwt_secret=SECRET)
@@ -579,7 +531,7 @@ async def test_a_caller_with_a_key_or_token_is_on_the_fast_path_beside_a_hook(ma
     assert hook.asked == 0
 
 
-async def test_the_routes_of_connections_are_bounded(make: Make) -> None:
+async def test_the_routes_of_connections_are_bounded(make: MakeProxy) -> None:
     proxy = await make(Hook(named_for(60)))
     proxy.routes.max_routes = 3
     poll = await proxy.poll_of("X-Name: ann")

@@ -3,15 +3,11 @@
 import asyncio
 import json
 import logging
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import jwt
 import pytest
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
@@ -19,74 +15,40 @@ from aiohttp.typedefs import Handler, Middleware
 from falproxy import Identity, create_app
 from falproxy.app.pipeline import authorization
 from falproxy.limit_settings import parse_rate
-from falproxy.middleware.access import AuthHook
 from falproxy.proxy.head_only import add_id_check, any_request_id, head_only
 from falproxy.server.fast_path import split_poll
-from falproxy.server.fast_path.protocol import ROUTE_CACHE, ProxyServer
-from falproxy.server.fast_path.route_cache import RouteCache
+from falproxy.server.fast_path.protocol import ProxyServer
 from falproxy.stores.cache.virtual_requests import new_virtual_id
 from falproxy.stores.keys import NewKey
 from falproxy.stores.keys.known_keys import KNOWN_KEYS
 from falproxy.stores.keys.sql_keys import choose_key_store
 from falproxy.stores.ownership import OWNERSHIP
-from tests.support.fake_fal import FakeFal, respond_as_queue
+from tests.support.fake_fal import FakeFal
 from tests.support.gateway import FastPathTestServer
 from tests.support.key_search import CANARY
+from tests.support.polled_proxy import (
+    SECRET,
+    MakeProxy,
+    bearer,
+    polled_proxies,
+    token_of,
+)
 from tests.support.polling_client import PollingClient, poll_request, submit_request
 from tests.support.settings import make_settings
 
 pytestmark = pytest.mark.both_event_loops
 
-SECRET = "a-secret-that-is-long-enough-for-hmac-with-sha-512-so-that-nothing-warns-here"
 KEY_LINE = "x-falproxy-key: a-key-of-16-chars"
 KEYS = (("web", "a-key-of-16-chars"), ("app", "another-key-of-16"))
 
 
-def token_line(subject: str, **changes: object) -> str:
-    claims = {"sub": subject, "aud": "authenticated", "exp": time.time() + 60} | changes
-    return f"Authorization: Bearer {jwt.encode(claims, SECRET)}"
-
-
-@dataclass(slots=True)
-class Proxy:
-    server: FastPathTestServer
-    stack: AsyncExitStack
-
-    @property
-    def routes(self) -> RouteCache:
-        return self.server.app[ROUTE_CACHE]
-
-    @property
-    def hits(self) -> int:
-        return self.routes.hits
-
-    async def client(self) -> PollingClient:
-        assert self.server.port is not None
-        return await self.stack.enter_async_context(PollingClient(self.server.port))
-
-    async def submit(self, *lines: str) -> str:
-        """Return the request id of a new job."""
-        status, body = await (await self.client()).request(submit_request(*lines))
-        assert status == 200
-        return str(json.loads(body)["request_id"])
-
-
-Make = Callable[..., Awaitable[Proxy]]
+def token_line(subject: str, **changes: Any) -> str:
+    return bearer(token_of(subject, **changes))
 
 
 @pytest.fixture
-async def make(fal: FakeFal, tmp_path: Path) -> AsyncIterator[Make]:
-    fal.respond = respond_as_queue
-    async with AsyncExitStack() as stack:
-
-        async def start(hook: AuthHook | None = None, **options: object) -> Proxy:
-            settings: dict[str, Any] = {"fal_key": CANARY, "upstream_origin": fal.origin}
-            settings |= {"data_dir": tmp_path, "allowed_hosts": ("*",)} | options
-            server = FastPathTestServer(create_app(make_settings(**settings), authenticate=hook))
-            await server.start_server()
-            stack.push_async_callback(server.close)
-            return Proxy(server, await stack.enter_async_context(AsyncExitStack()))
-
+async def make(fal: FakeFal, tmp_path: Path) -> AsyncIterator[MakeProxy]:
+    async with polled_proxies(fal, tmp_path) as start:
         yield start
 
 
@@ -97,7 +59,7 @@ def new_id() -> str:
 # The polls of new jobs
 
 
-async def test_a_poll_of_another_job_takes_the_fast_path(make: Make, fal: FakeFal) -> None:
+async def test_a_poll_of_another_job_takes_the_fast_path(make: MakeProxy, fal: FakeFal) -> None:
     proxy = await make()
     client = await proxy.client()
     ids = [new_id() for _ in range(6)]
@@ -111,7 +73,7 @@ async def test_a_poll_of_another_job_takes_the_fast_path(make: Make, fal: FakeFa
 
 
 async def test_the_log_has_the_request_id_of_each_poll(
-    make: Make, caplog: pytest.LogCaptureFixture
+    make: MakeProxy, caplog: pytest.LogCaptureFixture
 ) -> None:
     proxy = await make()
     client = await proxy.client()
@@ -147,7 +109,7 @@ FIRST = poll_request(ID)
     ],
 )
 async def test_a_head_that_differs_otherwise_takes_the_normal_path(
-    make: Make, second: bytes
+    make: MakeProxy, second: bytes
 ) -> None:
     proxy = await make()
     client = await proxy.client()
@@ -160,7 +122,7 @@ async def test_a_head_that_differs_otherwise_takes_the_normal_path(
     assert proxy.hits == 2
 
 
-async def test_a_head_with_its_id_twice_is_for_itself_only(make: Make, fal: FakeFal) -> None:
+async def test_a_head_with_its_id_twice_is_for_itself_only(make: MakeProxy, fal: FakeFal) -> None:
     """Another page may be about another job than the poll."""
     proxy = await make()
     client = await proxy.client()
@@ -177,7 +139,7 @@ async def test_a_head_with_its_id_twice_is_for_itself_only(make: Make, fal: Fake
 
 
 async def test_responses_to_pipelined_and_split_polls_of_other_jobs_are_in_order(
-    make: Make, fal: FakeFal
+    make: MakeProxy, fal: FakeFal
 ) -> None:
     async def respond_with_path(request: web.Request) -> web.StreamResponse:
         return web.json_response({"path": request.path})
@@ -197,7 +159,7 @@ async def test_responses_to_pipelined_and_split_polls_of_other_jobs_are_in_order
     assert [json.loads(body)["path"].split("/")[4] for body in bodies] == ids
 
 
-async def test_a_route_for_all_jobs_expires(make: Make) -> None:
+async def test_a_route_for_all_jobs_expires(make: MakeProxy) -> None:
     proxy = await make()
     proxy.routes.ttl = 0.2
     client = await proxy.client()
@@ -209,7 +171,7 @@ async def test_a_route_for_all_jobs_expires(make: Make) -> None:
     assert proxy.hits == 1
 
 
-async def test_many_jobs_have_one_route(make: Make) -> None:
+async def test_many_jobs_have_one_route(make: MakeProxy) -> None:
     proxy = await make()
     client = await proxy.client()
     for _ in range(20):
@@ -238,7 +200,7 @@ def seeing(seen: list[str], declare: Callable[[Middleware], Middleware]) -> Midd
     ],
 )
 async def test_a_middleware_sees_what_it_is_not_declared_for(
-    make: Make,
+    make: MakeProxy,
     monkeypatch: pytest.MonkeyPatch,
     declare: Callable[[Middleware], Middleware],
     new_ids_seen: int,
@@ -278,7 +240,7 @@ async def test_a_middleware_of_the_application_sees_each_request_id(
 
 
 async def test_a_check_of_a_middleware_decides_about_each_id(
-    make: Make, monkeypatch: pytest.MonkeyPatch
+    make: MakeProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
     allowed = {new_id() for _ in range(5)}
@@ -305,7 +267,7 @@ async def test_a_check_of_a_middleware_decides_about_each_id(
 
 
 async def test_a_policy_that_is_stricter_refuses_what_was_on_the_fast_path(
-    make: Make, tmp_path: Path
+    make: MakeProxy, tmp_path: Path
 ) -> None:
     """A reload makes another application, with routes of its own."""
     before = await make(access_keys=KEYS)
@@ -329,7 +291,7 @@ async def test_a_policy_that_is_stricter_refuses_what_was_on_the_fast_path(
 
 @pytest.mark.parametrize("has_tokens", [False, True], ids=["access keys", "tokens"])
 async def test_a_caller_polls_new_jobs_of_its_own_only(
-    make: Make, fal: FakeFal, has_tokens: bool
+    make: MakeProxy, fal: FakeFal, has_tokens: bool
 ) -> None:
     options: dict[str, Any] = {"jwt_secret": SECRET} if has_tokens else {"access_keys": KEYS}
     of_ann, of_bob = KEY_LINE, "x-falproxy-key: another-key-of-16"
@@ -354,7 +316,7 @@ async def test_a_caller_polls_new_jobs_of_its_own_only(
     assert proxy.hits == 7
 
 
-async def test_jobs_of_another_fal_key_are_sent_with_it(make: Make, fal: FakeFal) -> None:
+async def test_jobs_of_another_fal_key_are_sent_with_it(make: MakeProxy, fal: FakeFal) -> None:
     proxy = await make(ai_keys=(CANARY, "b:c"))
     ids = [await proxy.submit() for _ in range(4)]
     keys = {}
@@ -368,7 +330,7 @@ async def test_jobs_of_another_fal_key_are_sent_with_it(make: Make, fal: FakeFal
     assert [seen.header("authorization") for seen in fal.seen] == [keys[each] for each in ids * 3]
 
 
-async def test_a_token_ends_for_new_jobs_too(make: Make, fal: FakeFal) -> None:
+async def test_a_token_ends_for_new_jobs_too(make: MakeProxy, fal: FakeFal) -> None:
     proxy = await make(jwt_secret=SECRET)
     line = token_line("ann")
     jobs = [await proxy.submit(line) for _ in range(5)]
@@ -385,7 +347,7 @@ async def test_a_token_ends_for_new_jobs_too(make: Make, fal: FakeFal) -> None:
     assert proxy.hits == 2
 
 
-async def test_a_revoked_key_ends_for_new_jobs_too(make: Make, tmp_path: Path) -> None:
+async def test_a_revoked_key_ends_for_new_jobs_too(make: MakeProxy, tmp_path: Path) -> None:
     async with choose_key_store(None, tmp_path) as store:
         proxy = await make(keys="on")
         made, secret = await store.create(NewKey(name="web", creator="cli"))
@@ -401,7 +363,7 @@ async def test_a_revoked_key_ends_for_new_jobs_too(make: Make, tmp_path: Path) -
         assert proxy.hits == 2
 
 
-async def test_a_hook_is_called_for_each_new_job(make: Make) -> None:
+async def test_a_hook_is_called_for_each_new_job(make: MakeProxy) -> None:
     asked: list[str] = []
 
     async def hook(request: web.Request) -> Identity:
@@ -417,7 +379,7 @@ async def test_a_hook_is_called_for_each_new_job(make: Make) -> None:
     assert (len(asked), proxy.hits) == (3, 3)
 
 
-async def test_polls_of_new_jobs_are_not_limited(make: Make) -> None:
+async def test_polls_of_new_jobs_are_not_limited(make: MakeProxy) -> None:
     proxy = await make(jwt_secret=SECRET, rate=parse_rate("4/minute"))
     line = token_line("ann")
     jobs = [await proxy.submit(line) for _ in range(4)]
@@ -431,7 +393,7 @@ async def test_polls_of_new_jobs_are_not_limited(make: Make) -> None:
 # Virtual requests
 
 
-async def test_virtual_and_shared_ids_take_the_normal_path(make: Make, fal: FakeFal) -> None:
+async def test_virtual_and_shared_ids_take_the_normal_path(make: MakeProxy, fal: FakeFal) -> None:
     proxy = await make(access_keys=KEYS)
     client = await proxy.client()
     own, shared = [await proxy.submit(KEY_LINE) for _ in range(2)]
@@ -443,7 +405,7 @@ async def test_virtual_and_shared_ids_take_the_normal_path(make: Make, fal: Fake
     assert proxy.hits == 2  # the route is still there
 
 
-async def test_the_owner_of_a_job_is_read_from_memory(make: Make) -> None:
+async def test_the_owner_of_a_job_is_read_from_memory(make: MakeProxy) -> None:
     """The first poll of a job whose owner another process has stored takes the normal path."""
     proxy = await make(access_keys=KEYS)
     client = await proxy.client()

@@ -1,0 +1,83 @@
+"""Proxies with the fast path, whose clients poll jobs on connections that stay open."""
+
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jwt
+
+from falproxy import create_app
+from falproxy.middleware.access import AuthHook
+from falproxy.server.fast_path.protocol import ROUTE_CACHE
+from falproxy.server.fast_path.route_cache import RouteCache
+from tests.support.empty_ledger import with_empty_ledger
+from tests.support.fake_fal import FakeFal, respond_as_queue
+from tests.support.gateway import FastPathTestServer
+from tests.support.key_search import CANARY
+from tests.support.polling_client import PollingClient, poll_request, submit_request
+from tests.support.settings import make_settings
+
+SECRET = "a-secret-that-is-long-enough-for-hmac-with-sha-512-so-that-nothing-warns-here"
+
+
+def token_of(subject: str, *, secret: str = SECRET, **changes: object) -> str:
+    claims = {"sub": subject, "aud": "authenticated", "exp": time.time() + 60} | changes
+    return jwt.encode(claims, secret)
+
+
+def bearer(token: str) -> str:
+    return f"Authorization: Bearer {token}"
+
+
+@dataclass(slots=True)
+class PolledProxy:
+    server: FastPathTestServer
+    stack: AsyncExitStack
+    fal: FakeFal
+
+    @property
+    def routes(self) -> RouteCache:
+        return self.server.app[ROUTE_CACHE]
+
+    @property
+    def hits(self) -> int:
+        return self.routes.hits
+
+    async def client(self) -> PollingClient:
+        assert self.server.port is not None
+        return await self.stack.enter_async_context(PollingClient(self.server.port))
+
+    async def submit(self, *lines: str) -> str:
+        """Return the request id of a new job."""
+        status, body = await (await self.client()).request(submit_request(*lines))
+        assert status == 200
+        return str(json.loads(body)["request_id"])
+
+    async def poll_of(self, *lines: str) -> bytes:
+        """Return the poll of a new job of the caller."""
+        return poll_request(await self.submit(*lines), *lines)
+
+
+MakeProxy = Callable[..., Awaitable[PolledProxy]]
+
+
+@asynccontextmanager
+async def polled_proxies(fal: FakeFal, data_dir: Path) -> AsyncIterator[MakeProxy]:
+    """Context: starts proxies, with a hook and settings."""
+    fal.respond = respond_as_queue
+    async with AsyncExitStack() as stack:
+
+        async def start(hook: AuthHook | None = None, **options: object) -> PolledProxy:
+            settings: dict[str, Any] = {"fal_key": CANARY, "upstream_origin": fal.origin}
+            settings |= {"data_dir": data_dir, "allowed_hosts": ("*",)} | options
+            app = create_app(with_empty_ledger(make_settings(**settings)), authenticate=hook)
+            server = FastPathTestServer(app)
+            await server.start_server()
+            stack.push_async_callback(server.close)
+            return PolledProxy(server, await stack.enter_async_context(AsyncExitStack()), fal)
+
+        yield start
