@@ -44,9 +44,9 @@ DRAIN_STATE: web.AppKey[DrainState] = web.AppKey("falproxy.drain_state")
 async def drain_connections(runner: FastPathRunner, delay: float) -> None:
     """Wait until load balancers and clients have noticed that the process stops.
 
-    It ends early if no load balancer asks, and all connections have been idle for so long that
-    clients do not use them any more: a client that sends a request while its connection is closed
-    cannot know whether it was received.
+    It ends early if no load balancer asks for readiness, and no client has used a connection for so
+    long. A client that sends a request while its connection is closed cannot know whether it was
+    received.
 
     delay: seconds, at most.
     """
@@ -57,7 +57,7 @@ async def drain_connections(runner: FastPathRunner, delay: float) -> None:
     loop = asyncio.get_running_loop()
     deadline = loop.time() + delay
     while (now := loop.time()) < deadline:
-        if not state.is_watched and not runner.connections.has_idle_since(now - delay):
+        if not state.is_watched and not runner.connections.was_used_since(now - delay):
             return
         await asyncio.sleep(min(CHECK_INTERVAL, deadline - now))
 

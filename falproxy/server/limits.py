@@ -130,7 +130,7 @@ class Connections:
         self._checking: asyncio.TimerHandle | None = None
         self._next_scan = 0.0
         self._unreported: Counter[str] = Counter()
-        self._reported_at = float("-inf")
+        self._reported_at = self._closed_at = float("-inf")
 
     def __repr__(self) -> str:
         return f"<Connections {len(self._open)} of {self.limit}>"
@@ -161,16 +161,18 @@ class Connections:
         """Return whether the open connections are not too many, after closing other idle ones."""
         return not self.is_full or self._evict_idle(connection)
 
-    def has_idle_since(self, time: float) -> bool:
-        """Return whether a connection is idle that has opened or was used after a time."""
-        time += self.limits.idle_timeout
-        return any(each.is_idle and each.idle_since() > time for each in self._open)
+    def was_used_since(self, time: float) -> bool:
+        """Return whether a connection was opened, used or closed after a time."""
+        opened = time + self.limits.idle_timeout
+        used = (not each.is_idle or each.idle_since() > opened for each in self._open)
+        return self._closed_at > time or any(used)
 
     def has_unfinished_heads(self) -> bool:
         """Return whether a connection has sent nothing yet, or only a part of a request head."""
         return any(each.is_idle and each.awaits_head for each in self._open)
 
     def discard(self, connection: "LimitedProtocol") -> None:
+        self._closed_at = connection.loop.time()
         self._open.discard(connection)
         self._count_open()
 
@@ -195,8 +197,7 @@ class Connections:
             return False
         idle = [each for each in self._open if each.is_idle and each is not exempt]
         if not idle:
-            finished = exempt.loop.time()
-            self._next_scan = finished + SCAN_SHARE * (finished - now)
+            self._next_scan = (finished := exempt.loop.time()) + SCAN_SHARE * (finished - now)
             return False
         excess = max(len(self._open) - self.limit, self.limit // EVICTED_SHARE)
         for connection in heapq.nsmallest(excess, idle, key=LimitedProtocol.idle_since):

@@ -108,6 +108,22 @@ async def test_an_idle_connection_is_not_closed_while_its_client_may_use_it(
             assert await call(session, proxy) == (200, "close")
 
 
+@ALL_KINDS
+async def test_clients_that_open_a_connection_for_each_call_have_the_whole_delay(
+    env: dict[str, str], workers: str
+) -> None:
+    """As behind nginx: no readiness is asked, and there are moments without a connection."""
+    async with run_command("serve", "--workers", workers, **env) as proxy:
+        for _ in range(4):  # each worker has had one, most likely
+            async with ClientSession() as session:
+                assert await call(session, proxy) == (200, None)
+        async with stopping(proxy):
+            for _ in range(4):
+                await asyncio.sleep(DELAY / 8)
+                async with ClientSession() as session:
+                    assert (await call(session, proxy))[0] == 200
+
+
 @pytest.mark.timed
 @pytest.mark.parametrize("delay", ["0", "5"])
 async def test_ctrl_c_and_a_delay_of_zero_stop_at_once(env: dict[str, str], delay: str) -> None:

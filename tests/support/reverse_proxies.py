@@ -24,7 +24,6 @@ http {{
 }}
 """
 SERVER = re.compile(r"^    server 127\.0\.0\.1:8080(.*);$", re.MULTILINE)
-HEALTH_INTERVAL = "health_interval 2s"
 
 
 def nginx_config(folder: Path, port: int, proxies: Sequence[int]) -> str:
@@ -49,14 +48,13 @@ async def nginx(folder: Path, *proxies: int) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def caddy(folder: Path, *proxies: int, health_interval: str = "2s") -> AsyncIterator[str]:
+async def caddy(folder: Path, *proxies: int) -> AsyncIterator[str]:
     """Context: the origin of a Caddy in front of the proxies at these ports."""
     need(Path("caddy"))
     port, file = free_port(), folder / "Caddyfile"
     options = "{\n\tadmin off\n\tauto_https off\n}\n"
     text = (ROOT / "deploy/caddy/Caddyfile").read_text()
-    assert HEALTH_INTERVAL in text
-    file.write_text(options + text.replace(HEALTH_INTERVAL, f"health_interval {health_interval}"))
+    file.write_text(options + text)
     env = {
         "DOMAIN": f"http://127.0.0.1:{port}",
         "PROXIES": " ".join(f"127.0.0.1:{proxy}" for proxy in proxies),
