@@ -1,5 +1,6 @@
 """Three nodes with two workers each, and the servers that they use."""
 
+import asyncio
 import hashlib
 import os
 import subprocess
@@ -24,6 +25,7 @@ CALLERS = ("ann", "bob", "cy", "dee")
 BUCKET = "fal_images"
 DISK_SIZE = "256m"  # of the file system with the data of all nodes
 DRAIN, STOP_DELAY = "8", "1"
+SYNC_TIMEOUT = 60.0  # seconds
 
 
 def access_key(caller: str) -> str:
@@ -72,7 +74,10 @@ async def open_cluster(seed: int, *, uses_disk: bool) -> AsyncIterator[Cluster]:
     uses_disk: outputs are stored on the disk that all nodes share, otherwise in Supabase.
     """
     async with AsyncExitStack() as stack:
-        first, second = (stack.enter_context(redis_server()) for _ in range(2))
+        # A replica copies all data at once, and not after the default of 5 s.
+        first, second = (
+            stack.enter_context(redis_server(repl_diskless_sync_delay="0")) for _ in range(2)
+        )
         replicate(second, first)
         address = await stack.enter_async_context(TcpForwarder(first.port).running())
         postgres = stack.enter_context(postgres_server())
@@ -121,3 +126,21 @@ def replicate(replica: RedisServer, primary: RedisServer | None) -> None:
     address = ["127.0.0.1", str(primary.port)] if primary is not None else ["NO", "ONE"]
     with Redis(port=replica.port) as client:
         client.execute_command("REPLICAOF", *address)
+
+
+async def until_replicated(replica: RedisServer) -> None:
+    """Wait until a replica has all data of its primary: others are no candidates for a failover."""
+    with Redis(port=replica.port) as client:
+        async with asyncio.timeout(SYNC_TIMEOUT):
+            while client.info("replication").get("master_link_status") != "up":
+                await asyncio.sleep(0.02)
+
+
+async def hand_over(old: RedisServer, new: RedisServer) -> None:
+    """Exchange a primary and its replica without losing writes."""
+    await until_replicated(new)
+    with Redis(port=old.port) as client:
+        client.execute_command("FAILOVER", "TO", "127.0.0.1", str(new.port), "TIMEOUT", "10000")
+        async with asyncio.timeout(SYNC_TIMEOUT):
+            while client.info("replication")["role"] != "slave":
+                await asyncio.sleep(0.02)

@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 
 from tests.support.fake_supabase.faults import close_connection, delay
-from tests.support.faults.cluster import Cluster, replicate
+from tests.support.faults.cluster import Cluster, hand_over, replicate, until_replicated
 from tests.support.proxy_node import send_signal
 
 Fault = Callable[[Cluster, Random], AbstractAsyncContextManager[None]]
@@ -103,8 +103,7 @@ async def frozen_redis(cluster: Cluster, random: Random) -> AsyncIterator[None]:
 async def redis_failover(cluster: Cluster, random: Random) -> AsyncIterator[None]:
     """The replica becomes the primary, and the old one its replica: open connections stay."""
     old, new = cluster.redis
-    replicate(new, None)
-    replicate(old, new)
+    await hand_over(old, new)
     await last(random)
     cluster.redis_address.target = new.port
     cluster.redis.reverse()
@@ -115,6 +114,7 @@ async def redis_failover(cluster: Cluster, random: Random) -> AsyncIterator[None
 async def killed_redis(cluster: Cluster, random: Random) -> AsyncIterator[None]:
     """The primary is killed, its replica becomes the primary, and gets a new replica."""
     old, new = cluster.redis
+    await until_replicated(new)
     old.kill()
     await last(random)
     replicate(new, None)
