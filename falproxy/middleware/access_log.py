@@ -126,10 +126,12 @@ def identify_request(request: web.Request) -> None:
 
 def client_request_id(request: web.Request) -> str | None:
     """Return the id set by the client or its load balancer, None without a valid one."""
-    client_id = request.headers.get(REQUEST_ID_HEADER)
-    if client_id is None or not CLIENT_REQUEST_ID.fullmatch(client_id):
-        return None
-    return client_id
+    return valid_request_id(request.headers.get(REQUEST_ID_HEADER, ""))
+
+
+def valid_request_id(value: str) -> str | None:
+    """Return the value of an X-Request-ID, None if it cannot be in a log line."""
+    return value if CLIENT_REQUEST_ID.fullmatch(value) else None
 
 
 def fal_request_id(request: web.Request, response: web.StreamResponse) -> str | None:

@@ -3,7 +3,7 @@
 The fast path sends a repeated request head to fal without running the middleware again. It is used
 only for requests that pass no middleware without the declaration `head_only`. Polls of other jobs,
 whose heads differ in the request id only, take it as well if they pass no middleware without the
-declaration `any_request_id`.
+declaration `any_request_id`, and so do heads that differ in identifiers of load balancers.
 """
 
 from collections.abc import Callable
@@ -38,10 +38,12 @@ def head_only(middleware: M) -> M:
 
 
 def any_request_id(middleware: M) -> M:
-    """Declare as `head_only`, and that the same applies to a poll whose head differs in the id of
-    the queued request only, because the middleware
+    """Declare as `head_only`, and that the same applies to a request whose head differs only in
+    identifiers of load balancers (`REQUEST_TAGS`: X-Request-ID, CF-Ray, ...), and to a poll whose
+    head differs in the id of the queued request, because the middleware does not read the former,
+    and
 
-    - does not decide polls by that id,
+    - does not decide polls by the latter,
     - or adds a check of the id with `add_id_check`,
     - or sets `NEEDS_EVERY_ID` for the request.
     """

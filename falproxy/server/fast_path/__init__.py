@@ -8,13 +8,14 @@ together with the response already received.
 
 A poll's request id is left out of its key, so that polls of other jobs, whose heads are the same
 otherwise, take the fast path too. The id must be a UUID, and the only one of its kind in the head.
+So are the identifiers that load balancers give to each request (`REQUEST_TAGS`).
 
 Consequences:
 
 * The route of a request is cached only if each middleware that the request passed is declared with
   `head_only`: it decides by the head alone, acts only on requests that the fast path does not take,
   or the fast path does its work itself (accounting, image check). If one of them is not declared
-  with `any_request_id`, the route is for its own head only.
+  with `any_request_id`, the route is for its own head only, with all identifiers.
 * Four facts are checked for each request: whether the circuit breaker is closed, whether the
   middleware lets the request id through (`ID_CHECKS`: it is of the caller's own job, and of no
   virtual or shared one), whether direct writes are enabled, and whether the caller's credential is
@@ -47,6 +48,19 @@ DIGITS_MAX = 10
 REQUESTS_PATH = b"/requests/"
 UUID = re.compile(rb"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 ID_LENGTH = 36
+# Headers that identify one request. They are not sent to fal, and X-Request-ID is only logged.
+REQUEST_TAGS = (
+    b"x-request-id", b"x-correlation-id", b"x-request-start", b"cf-ray", b"fly-request-id",
+    b"rndr-id", b"x-amzn-trace-id", b"x-amz-cf-id", b"x-azure-ref", b"x-cloud-trace-context",
+    b"x-vercel-id", b"x-b3-traceid", b"x-b3-spanid", b"x-b3-parentspanid",
+)  # fmt: skip
+# A line with one of them, which the next line does not continue.
+TAG_LINE = re.compile(
+    rb"\r\n(?:(x-request-id)|%s):[ \t]*([\x20-\x7e]{0,256})(?=\r\n[^ \t])"
+    % b"|".join(REQUEST_TAGS[1:]),
+    re.IGNORECASE,
+)
+TAGGED_HEAD_MAX = 6144  # bytes
 # The request id in the head of a poll, and the head before and behind it.
 PollHead = tuple[bytes, tuple[bytes, bytes]]
 
@@ -115,6 +129,15 @@ def split_poll(head: bytes) -> PollHead | None:
     if start < len(REQUESTS_PATH) or UUID.fullmatch(head, start, end) is None:
         return None
     return head[start:end], (head[:start], head[end:])
+
+
+def split_tags(head: bytes) -> tuple[bytes, bytes | None]:
+    """Return a head without `REQUEST_TAGS`, and the value of its first X-Request-ID. A head that is
+    not complete, or too large, is returned as it is."""
+    if len(head) > TAGGED_HEAD_MAX or head.find(HEAD_END) != len(head) - len(HEAD_END):
+        return head, None
+    tags = [tag for name, tag in TAG_LINE.findall(head) if name]
+    return TAG_LINE.sub(b"", head), tags[0].rstrip() if tags else None
 
 
 def split_request(data: bytes) -> tuple[bytes, bytes]:

@@ -12,7 +12,7 @@ from falproxy.fal.image_fields import may_contain_images
 from falproxy.fal.target import Operation
 from falproxy.ids import IdGenerator
 from falproxy.metrics import Metrics
-from falproxy.middleware.access_log import CallIds, CallLabels, client_request_id
+from falproxy.middleware.access_log import CallIds, CallLabels, client_request_id, valid_request_id
 from falproxy.middleware.accounting import RECORD_TEMPLATE
 from falproxy.middleware.image_inputs import INSPECTED_INPUT, NOT_CACHEABLE
 from falproxy.proxy.call import (
@@ -37,7 +37,7 @@ from falproxy.proxy.prices import COST_HEADER, SAVED_HEADER
 from falproxy.proxy.transport import UpstreamRequest
 from falproxy.proxy.transport.pool import Pool
 from falproxy.proxy.upstream import UPSTREAM, Upstream
-from falproxy.server.fast_path import CachedRoute, PollHead, split_poll, split_request
+from falproxy.server.fast_path import CachedRoute, PollHead, split_poll, split_request, split_tags
 from falproxy.server.fast_path.in_flight import ClientConnection, InFlightRequest
 from falproxy.trusted_proxies import TrustedProxies
 
@@ -77,7 +77,8 @@ class RouteCache:
         self.next_connection = count().__next__
         self._logged: set[str] = set()  # middleware that kept requests off the fast path
         self._trusted_proxies = TrustedProxies()
-        self._takes_any_id = False  # the middleware of the application decides for all request ids
+        # The middleware of the application decides for all request ids, and all `REQUEST_TAGS`.
+        self._takes_any_id = False
         self._upstream: Upstream | None = None
         self._pool: Pool | None = None
 
@@ -100,6 +101,11 @@ class RouteCache:
         head, body = split_request(data)
         poll = split_poll(head)
         key, route = self._find(client, head, poll)
+        tag = None
+        if route is None and self._takes_any_id:
+            head, tag = split_tags(head)
+            poll = split_poll(head)
+            key, route = self._find(client, head, poll)
         if route is None:
             return None
         request_id = polled_id(route, poll)
@@ -109,7 +115,9 @@ class RouteCache:
         if connection is None:
             return None
         ids = CallIds(
-            route.client_request_id or self._ids.next_id(),
+            (tag and valid_request_id(tag.decode("ascii")))
+            or route.client_request_id
+            or self._ids.next_id(),
             request_id,
             self._trusted_proxies.client_address(client.peer, route.forwarded_for),
         )
@@ -154,12 +162,15 @@ class RouteCache:
         eligible. If the proxy has refused it, or has to see every such request, the route that its
         head had before ends."""
         head, _ = split_request(data)
-        poll = split_poll(head)
+        untagged = split_tags(head)[0] if self._takes_any_id else head
         if NEEDS_EVERY_REQUEST in request or not isinstance(response, RelayedResponse):
-            for earlier in route_keys(client, head, poll):
-                self._remove_if_admitted(earlier, poll)
+            for each in (head, untagged):
+                self._remove_if_admitted(client, each)
             self._log_once(request.get(NEEDS_EVERY_REQUEST))
             return
+        if ignores_tags := self._takes_any_id and NEEDS_EVERY_ID not in request:
+            head = untagged
+        poll = split_poll(head)
         if self._upstream is None or not self._may_be_cached(head, request, response):
             return
         call, grant = request[CALL], request.get(GRANT)
@@ -192,7 +203,7 @@ class RouteCache:
             request_id=target.request_id,
             id_checks=request.get(ID_CHECKS, ()),
             expires_at=time.monotonic() + self.ttl,
-            client_request_id=client_request_id(request),
+            client_request_id=None if ignores_tags else client_request_id(request),
             forwarded_for=tuple(request.headers.getall(FORWARDED_FOR, ())),
             extra_headers=tuple(
                 header for header in response.extra_headers if header[0] not in CALL_HEADERS
@@ -214,11 +225,13 @@ class RouteCache:
             return False
         return is_poll(call) or is_eligible_submit(call, request)
 
-    def _remove_if_admitted(self, key: RouteKey, poll: PollHead | None) -> None:
-        """End a route, unless it is for other request ids only."""
-        route = self._routes.get(key)
-        if route is not None and route.admits(polled_id(route, poll)):
-            self._remove(key)
+    def _remove_if_admitted(self, client: ClientConnection, head: bytes) -> None:
+        """End the routes of a head, except those for other request ids only."""
+        poll = split_poll(head)
+        for key in route_keys(client, head, poll):
+            route = self._routes.get(key)
+            if route is not None and route.admits(polled_id(route, poll)):
+                self._remove(key)
 
     def _remove(self, key: RouteKey) -> None:
         if self._routes.pop(key, None) is not None:

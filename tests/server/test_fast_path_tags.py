@@ -1,0 +1,218 @@
+"""The fast path for heads that differ in the identifiers of load balancers only."""
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from falproxy import Identity, create_app
+from falproxy.app.pipeline import authorization
+from falproxy.proxy.head_only import any_request_id, head_only
+from falproxy.server.fast_path import REQUEST_TAGS, split_tags
+from tests.support.fake_fal import FakeFal
+from tests.support.gateway import FastPathTestServer
+from tests.support.key_search import CANARY
+from tests.support.polled_proxy import SECRET, MakeProxy, bearer, polled_proxies, token_of
+from tests.support.polling_client import PollingClient, poll_request, submit_request
+from tests.support.settings import make_settings
+
+pytestmark = pytest.mark.both_event_loops
+
+NAMES = [name.decode() for name in REQUEST_TAGS]
+KINDS = pytest.mark.parametrize("kind", ["poll", "submit"])
+
+
+@pytest.fixture
+async def make(fal: FakeFal, tmp_path: Path) -> AsyncIterator[MakeProxy]:
+    async with polled_proxies(fal, tmp_path) as start:
+        yield start
+
+
+def new_id() -> str:
+    return str(uuid4())
+
+
+def request_of(kind: str, *lines: str) -> bytes:
+    return poll_request(new_id(), *lines) if kind == "poll" else submit_request(*lines)
+
+
+@KINDS
+@pytest.mark.parametrize("name", NAMES)
+async def test_other_tags_take_the_fast_path(
+    make: MakeProxy, fal: FakeFal, kind: str, name: str
+) -> None:
+    proxy = await make()
+    client = await proxy.client()
+    for written in (name, name.title(), name.upper(), name):
+        assert await client.status(request_of(kind, f"{written}: {new_id()}")) == 200
+    assert proxy.hits == 3
+    assert not any(name in seen.headers for seen in fal.seen)
+
+
+@KINDS
+async def test_a_head_without_tags_has_the_same_route(make: MakeProxy, kind: str) -> None:
+    proxy = await make()
+    client = await proxy.client()
+    for lines in ([], ["CF-Ray: 1"], [], ["X-Request-ID: 2", "CF-Ray: 3"], ["X-Request-ID:4"]):
+        assert await client.status(request_of(kind, *lines)) == 200
+    assert proxy.hits == 4
+
+
+@KINDS
+async def test_log_and_response_have_the_id_of_each_request(
+    make: MakeProxy, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    proxy = await make()
+    client = await proxy.client()
+    values = ["first", "second", "has spaces", "x" * 129, "third", "fourth "]
+    with caplog.at_level(logging.INFO, "falproxy.calls"):
+        for value in values:
+            assert await client.status(request_of(kind, f"X-Request-ID: {value}")) == 200
+        assert (
+            await client.status(request_of(kind, "X-Request-ID: one", "X-Request-ID: two")) == 200
+        )
+        assert await client.status(request_of(kind)) == 200
+    fields = [vars(each)["fields"] for each in caplog.records if each.name == "falproxy.calls"]
+    ids = [line["request_id"] for line in fields]
+    assert [ids[at] for at in (0, 1, 4, 5, 6)] == ["first", "second", "third", "fourth", "one"]
+    assert len({*ids}) == len(ids)
+    assert not {*ids} & {"has spaces", "x" * 129, "two"}
+    assert proxy.hits == len(ids) - 1
+
+
+@pytest.mark.parametrize("declare", [head_only, any_request_id])
+async def test_middleware_that_is_not_declared_sees_each(
+    make: MakeProxy, monkeypatch: pytest.MonkeyPatch, declare: Callable[[Middleware], Middleware]
+) -> None:
+    seen = []
+
+    @declare
+    @web.middleware
+    async def record(request: web.Request, handler: Handler) -> web.StreamResponse:
+        seen.append(request.headers["X-Request-ID"])
+        return await handler(request)
+
+    monkeypatch.setattr(
+        "falproxy.app.authorization",
+        lambda *args, **options: [*authorization(*args, **options), record],
+    )
+    proxy = await make()
+    client = await proxy.client()
+    ids = [new_id() for _ in range(12)]
+    for request_id in ids:
+        assert await client.status(submit_request(f"X-Request-ID: {request_id}")) == 200
+    assert seen == (ids if declare is head_only else ids[:1])
+
+
+async def test_middleware_of_the_application_sees_each(make: MakeProxy, fal: FakeFal) -> None:
+    """It may read any header."""
+    seen = []
+
+    @head_only
+    @web.middleware
+    async def record(request: web.Request, handler: Handler) -> web.StreamResponse:
+        seen.append(request.headers["X-Request-ID"])
+        return await handler(request)
+
+    settings = make_settings(fal_key=CANARY, upstream_origin=fal.origin)
+    app = create_app(settings)
+    app.middlewares.append(record)
+    server = FastPathTestServer(app)
+    await server.start_server()
+    assert server.port is not None
+    ids = [new_id() for _ in range(12)]
+    async with PollingClient(server.port) as client:
+        for request_id in ids:
+            assert await client.status(submit_request(f"X-Request-ID: {request_id}")) == 200
+    await server.close()
+    assert seen == ids
+
+
+HEAD = poll_request("7e2f0b8a-0001-4000-8000-000000000000", "Accept: x")
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        pytest.param(b"CF-Ray: 1\r\n continued", id="continued by the next line"),
+        pytest.param(b"CF-Ray: 1\r\n\tcontinued", id="continued by a tab"),
+        pytest.param(b"CF-Ray : 1", id="space in the name"),
+        pytest.param(b" CF-Ray: 1", id="continues the line before"),
+        pytest.param(b"CF-Ray: \x00", id="control character"),
+        pytest.param(b"CF-Ray: \xff", id="not ASCII"),
+        pytest.param(b"CF-Ray: " + b"1" * 257, id="too long"),
+        pytest.param(b"CF-Ray: 1\r2", id="CR alone"),
+        pytest.param(b"CF-Ray: 1\n2", id="LF alone"),
+        pytest.param(b"CF-Ray", id="no value"),
+        pytest.param(b"X-CF-Ray: 1", id="another name"),
+        pytest.param(b"CF-Ray-2: 1", id="a longer name"),
+    ],
+)
+async def test_other_lines_are_no_tags(make: MakeProxy, tag: bytes) -> None:
+    tagged = HEAD.replace(b"\r\nAccept", b"\r\n" + tag + b"\r\nAccept")
+    assert split_tags(tagged) == (tagged, None)
+    proxy = await make()
+    client = await proxy.client()
+    assert await client.status(HEAD) == 200
+    await client.request(tagged)
+    assert proxy.hits == 0
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(HEAD + b"X-Request-ID: 1\r\n\r\n", id="behind the head"),
+        pytest.param(HEAD[:-2] + b"\r\nX-Request-ID: 1\r\nx", id="behind the head, no end"),
+        pytest.param(HEAD[:-4] + b"\r\nX-Request-ID: 1", id="incomplete"),
+        pytest.param(HEAD + HEAD.replace(b"Accept", b"CF-Ray"), id="two requests"),
+        pytest.param(HEAD[:-2] + b"CF-Ray: 1\r\n" * 600 + b"\r\n", id="too large"),
+    ],
+)
+def test_data_that_is_not_one_head_keeps_its_tags(data: bytes) -> None:
+    assert split_tags(data) == (data, None)
+
+
+async def test_split_and_pipelined_requests_with_tags_are_answered_in_order(
+    make: MakeProxy, fal: FakeFal
+) -> None:
+    async def respond_with_path(request: web.Request) -> web.StreamResponse:
+        return web.json_response({"path": request.path})
+
+    fal.respond = respond_with_path
+    proxy = await make()
+    client = await proxy.client()
+    await client.status(HEAD)
+    ids = [new_id() for _ in range(8)]
+    data = b"".join(poll_request(each, f"X-Request-ID: {each}") for each in ids)
+    for start in range(0, len(data), 97):
+        client.write(data[start : start + 97])
+    bodies = [(await client.read())[1].decode() for _ in ids]
+    assert all(each in body for each, body in zip(ids, bodies, strict=True))
+
+
+async def test_an_expired_token_is_refused_with_any_tag(make: MakeProxy) -> None:
+    proxy = await make(jwt_secret=SECRET)
+    client = await proxy.client()
+    token = bearer(token_of("ann"))
+    expired = bearer(token_of("ann", exp=1))
+    for line, status in ((token, 200), (token, 200), (expired, 401), (token, 200)):
+        poll = poll_request(await proxy.submit(token), line, f"X-Request-ID: {new_id()}")
+        assert await client.status(poll) == status
+    assert proxy.hits == 2
+
+
+async def test_a_hook_that_refuses_is_obeyed_with_any_tag(make: MakeProxy) -> None:
+    allowed = True
+
+    async def authenticate(request: web.Request) -> Identity | None:
+        return Identity("ann", valid_for=0.0) if allowed else None
+
+    proxy = await make(authenticate)
+    client = await proxy.client()
+    assert await client.status(submit_request("X-Request-ID: 1")) == 200
+    allowed = False
+    assert await client.status(submit_request("X-Request-ID: 2")) == 401
