@@ -5,6 +5,7 @@ import hashlib
 import os
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -65,6 +66,12 @@ class Cluster:
             for name, content in files
             if len(Path(name).stem) == 64
         )
+
+    def exceptions(self) -> list[str]:
+        """Return each exception in the logs of the nodes, and how often it was logged."""
+        lines = (line for node in self.nodes for log in node.logs for line in log)
+        found = Counter(f"{x['message']}\n{x['exception']}" for x in lines if "exception" in x)
+        return [f"{count} x {text}" for text, count in found.most_common()]
 
 
 @asynccontextmanager

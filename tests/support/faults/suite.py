@@ -94,6 +94,8 @@ async def run_plan(plan: Plan, results: Results, log: Callable[[str], None]) -> 
         log(f"seed {plan.seed}: checks")
         await clients.check_at_the_end()
         results.tally("none").broken += cluster.broken_files()
+        for message in cluster.exceptions():
+            log(f"seed {plan.seed}: {message}")
 
 
 async def run_window(
