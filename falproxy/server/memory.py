@@ -14,11 +14,13 @@ TRIM_THRESHOLD_BYTES = 16 * 2**20  # free bytes kept at the end of the heap
 MMAP_THRESHOLD_BYTES = 2**20
 POLL_INTERVAL = 1.0  # seconds
 WORK_MIN = 0.1  # CPU seconds after which there may be memory to return
+REPEAT_CHECKS = 40  # until an idle moment is reported again; idle connections to fal end before
 IDLE_SHARE = 0.5  # of a core; a busier process is not stopped for the millisecond that a trim takes
 
 
 class IdleDetector:
-    """Reports once that the process has become idle after some work.
+    """Reports that the process has become idle after some work, and once more after
+    `REPEAT_CHECKS` calls, when idle connections have been closed.
 
     clock: CPU seconds.
     """
@@ -27,15 +29,20 @@ class IdleDetector:
         self._clock = clock
         self._last_cpu_time = clock()
         self._work_since_idle = 0.0
+        self._checks_to_repeat = 0
 
     def __call__(self) -> bool:
         before, self._last_cpu_time = self._last_cpu_time, self._clock()
         work = self._last_cpu_time - before
         self._work_since_idle += work
-        if work >= IDLE_SHARE * POLL_INTERVAL or self._work_since_idle < WORK_MIN:
+        self._checks_to_repeat = max(0, self._checks_to_repeat - 1)
+        if work >= IDLE_SHARE * POLL_INTERVAL:
             return False
-        self._work_since_idle = 0.0
-        return True
+        if self._work_since_idle >= WORK_MIN:
+            self._work_since_idle = 0.0
+            self._checks_to_repeat = REPEAT_CHECKS
+            return True
+        return self._checks_to_repeat == 1
 
 
 def trim_when_idle() -> None:

@@ -9,6 +9,7 @@ import pytest
 from falproxy.server.memory import (
     IDLE_SHARE,
     POLL_INTERVAL,
+    REPEAT_CHECKS,
     WORK_MIN,
     IdleDetector,
     check_idle,
@@ -55,6 +56,17 @@ def test_idle_is_reported_again_after_more_work() -> None:
     assert not calm()
     assert calm()
     assert not calm(), "once is enough"
+
+
+def test_idle_is_reported_once_more_when_connections_have_ended() -> None:
+    now = [7.0]
+    calm = IdleDetector(lambda: now[0])
+    now[0] += 2 * WORK_MIN
+    assert [calm() for _ in range(3 * REPEAT_CHECKS)].count(True) == 2
+    now[0] += 2 * WORK_MIN
+    assert calm()
+    now[0] += POLL_INTERVAL
+    assert not calm(), "busy again"
 
 
 @pytest.mark.parametrize("is_idle", [True, False])
