@@ -100,10 +100,15 @@ class Job:
 
 
 class Clients:
-    """Clients of all callers. jobs: all calls so far."""
+    """Clients of all callers.
+
+    jobs: all calls so far.
+    lost_ids: of the requests that were not found.
+    """
 
     def __init__(self, cluster: Cluster, session: ClientSession, random: Random) -> None:
         self.jobs: list[Job] = []
+        self.lost_ids: list[str] = []
         self._cluster = cluster
         self._session = session
         self._random = random
@@ -186,7 +191,8 @@ class Clients:
                 job.tally.repeated[response.error] += 1
                 await asyncio.sleep(RETRY_INTERVAL)
             elif path or response.status != 400:
-                self._lose(job, f"{path or 'result'}: {response.error}")
+                self.lost_ids.append(request_id)
+                self._lose(job, f"{path or 'result'} of {request_id}: {response.error}")
                 return
             await asyncio.sleep(POLL_INTERVAL)
         self._lose(job, f"no result after {CALL_TIMEOUT:g} s")

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import json
 import os
 import subprocess
 import tempfile
@@ -66,6 +67,18 @@ class Cluster:
             for name, content in files
             if len(Path(name).stem) == 64
         )
+
+    def log_lines(self, request_id: str) -> list[str]:
+        """Return the log lines about a request of all nodes, in order, with the number of the node
+        and of its process."""
+        found = [
+            (str(line["time"]), f"node {at}.{run}: {json.dumps(line)}")
+            for at, node in enumerate(self.nodes)
+            for run, log in enumerate(node.logs)
+            for line in log
+            if request_id in line.values()
+        ]
+        return [text for _, text in sorted(found)]
 
     def exceptions(self) -> list[str]:
         """Return each exception in the logs of the nodes, and how often it was logged."""

@@ -22,6 +22,7 @@ PAIR_SHARE = 0.2  # of windows in which two faults come at once
 PAIRS = "two of these at once"
 FAULT_DELAY = 0.3  # seconds of a window before its fault
 DOWNLOAD_TIMEOUT = 20.0
+LOG_LINES_MAX = 60  # of a request that was not found
 
 
 @dataclass(slots=True)
@@ -94,6 +95,9 @@ async def run_plan(plan: Plan, results: Results, log: Callable[[str], None]) -> 
         log(f"seed {plan.seed}: checks")
         await clients.check_at_the_end()
         results.tally("none").broken += cluster.broken_files()
+        for request_id in dict.fromkeys(clients.lost_ids):
+            for line in cluster.log_lines(request_id)[-LOG_LINES_MAX:]:
+                log(line)
         for message in cluster.exceptions():
             log(f"seed {plan.seed}: {message}")
 
