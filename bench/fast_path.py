@@ -80,6 +80,11 @@ def poll_of_new_browser(number: int) -> bytes:
     return request("GET", STATUS, b"", f"cookie: session={number}")
 
 
+def poll_behind_load_balancer(number: int) -> bytes:
+    """Return a poll with an identifier of its own, which a load balancer has added."""
+    return request("GET", STATUS, b"", f"X-Request-ID: {number:032x}")
+
+
 REQUESTS = {
     "poll": request("GET", STATUS),
     "submit": request("POST", f"{TARGET}/dev", BODY),
@@ -204,7 +209,7 @@ async def running(settings: Settings) -> AsyncIterator[Proxy]:
 
 
 def show(name: str, seconds: float) -> None:
-    print(f"  {name:<22} {seconds * 1e6:6.2f}")
+    print(f"  {name:<24} {seconds * 1e6:6.2f}")
 
 
 async def main() -> int:
@@ -218,6 +223,7 @@ async def main() -> int:
             for name, data in REQUESTS.items():
                 show(name, await proxy.measure(data))
             show("poll of a new job", await proxy.measure_new(poll_of_new_job))
+            show("poll, other X-Request-ID", await proxy.measure_new(poll_behind_load_balancer))
             show("poll of a new browser", await proxy.measure_new(poll_of_new_browser))
         claims = {"sub": "user", "aud": "authenticated", "exp": time.time() + 3600}
         line = f"authorization: Bearer {jwt.encode(claims, SECRET)}"
