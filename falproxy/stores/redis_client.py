@@ -25,7 +25,8 @@ LARGE_ARGUMENT = 64 * 1024  # bytes; a command with a larger one is not sent in 
 SOCKET_TIMEOUT = 2.0  # of a connect, a write, and a read
 CALL_TIMEOUT = 3.0  # of a command, with the connect and the wait for a connection
 
-REDIS_ERRORS = (RedisError, RedisClusterException, OSError, ValueError)
+# RuntimeError: of uvloop, for a connection that was closed just before a write.
+REDIS_ERRORS = (RedisError, RedisClusterException, OSError, ValueError, RuntimeError)
 CommandArgument = str | bytes | int | float
 Command = tuple[CommandArgument, ...]
 ClientT = TypeVar("ClientT", Redis, RedisCluster)

@@ -3,8 +3,10 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import pytest
+from redis.asyncio.connection import AbstractConnection
 
 from falproxy.stores.redis_client import CALL_TIMEOUT, MAX_GROUPS, RedisClient, Script
 from tests.support.redis_server import RedisServer, redis_server
@@ -125,3 +127,33 @@ async def test_commands_to_a_frozen_server_fail_in_time() -> None:
         assert all(isinstance(outcome, ClientError) for outcome in outcomes)
         assert time.monotonic() - started < CALL_TIMEOUT + 1
         await client.close()
+
+
+@pytest.fixture
+def closed_writes(monkeypatch: pytest.MonkeyPatch) -> list[RuntimeError]:
+    """Errors of writes to a connection that has just been closed, by uvloop; raised once."""
+    errors: list[RuntimeError] = []
+    send = AbstractConnection.send_packed_command
+
+    async def send_or_raise(connection: AbstractConnection, *args: Any, **options: Any) -> None:
+        if errors:
+            raise errors.pop()
+        await send(connection, *args, **options)
+
+    monkeypatch.setattr(AbstractConnection, "send_packed_command", send_or_raise)
+    return errors
+
+
+@pytest.mark.parametrize("is_grouped", [True, False])
+async def test_a_write_to_a_closed_connection_is_an_error_of_redis(
+    redis: RedisServer, closed_writes: list[RuntimeError], is_grouped: bool
+) -> None:
+    client = RedisClient(redis.url, ClientError, is_grouped=is_grouped)
+    await client.execute("PING")
+    for call in (client.execute("PING"), client.run_script(ADD, ["closed"], [1])):
+        closed_writes.append(RuntimeError("unable to perform operation on <TCPTransport>"))
+        with pytest.raises(ClientError, match="RuntimeError"):
+            await call
+        assert client.has_failed
+    assert await client.execute("PING") in (True, b"PONG")
+    await client.close()

@@ -5,7 +5,7 @@ import json
 import logging
 import ssl
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from urllib.parse import quote
@@ -14,6 +14,7 @@ from uuid import uuid4
 import pytest
 import trustme
 from redis.asyncio import Redis
+from redis.asyncio.client import PubSub
 
 from falproxy.stores.cache import (
     AcquireRequest,
@@ -26,6 +27,7 @@ from falproxy.stores.cache import (
     VirtualRequest,
 )
 from falproxy.stores.cache.redis import RedisStore
+from falproxy.stores.cache.redis_messages import read_messages
 from falproxy.stores.redis_client import CALL_TIMEOUT, MAX_CONNECTIONS
 from tests.support.key_search import CANARY
 from tests.support.ports import free_port
@@ -496,6 +498,27 @@ async def test_a_lost_subscription_is_renewed_without_a_warning(
                 event.clear()
                 await execute(own_server, "CLIENT", "KILL", "TYPE", "pubsub")
                 await wait_for_event(event)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+async def test_a_subscription_whose_connection_closes_during_a_write_is_renewed(
+    own_server: RedisServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    errors = [RuntimeError("unable to perform operation on <TCPTransport>")]
+
+    async def read_or_raise(subscription: PubSub) -> AsyncGenerator[dict[str, object], None]:
+        async for message in read_messages(subscription):
+            yield message
+            if errors:
+                raise errors.pop()
+
+    monkeypatch.setattr("falproxy.stores.cache.redis.read_messages", read_or_raise)
+    async with open_store(own_server.url) as store:
+        with store.watch("k") as event:
+            while errors:
+                await wait_for_event(event)
+                event.clear()
+            await wait_for_event(event)
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
