@@ -124,9 +124,18 @@ class RequestOwnership:
             self._recent.setdefault(request_id, request_owner)
         return self._recent.get(request_id)
 
-    async def _call_store(self, operation: Coroutine[object, object, T]) -> T:
-        """Return the result of an operation, through the circuit breaker of a remote store."""
-        return await (operation if self._breaker is None else self._breaker.call(operation))
+    async def _call_store(
+        self, operation: Coroutine[object, object, T], *, even_if_slow: bool = True
+    ) -> T:
+        """Return the result of an operation, through the circuit breaker of a remote store.
+
+        even_if_slow: also while the breaker skips the store for being slow.
+        """
+        if self._breaker is None:
+            return await operation
+        if even_if_slow:
+            return await self._breaker.call_even_if_slow(operation)
+        return await self._breaker.call(operation)
 
     async def _is_store_complete(self, since: float) -> bool:
         if self._breaker is not None:
@@ -134,14 +143,17 @@ class RequestOwnership:
         await self._store.check_owners_writable()
         return True
 
-    async def _write(self, request_id: str, request_owner: RequestOwner) -> bool:
+    async def _write(
+        self, request_id: str, request_owner: RequestOwner, *, even_if_slow: bool = False
+    ) -> bool:
         """Write an owner to the store, now or later. False if there is one."""
         if self._breaker is None and self._unwritten:
             self._unwritten[request_id] = request_owner  # the store is failing
             self._start_writing()
             return True
         try:
-            return await self._call_store(self._store.put_owner(request_id, request_owner))
+            put = self._store.put_owner(request_id, request_owner)
+            return await self._call_store(put, even_if_slow=even_if_slow)
         except StoreError:
             self._unwritten[request_id] = request_owner
             if self._breaker is None:
@@ -165,7 +177,7 @@ class RequestOwnership:
     async def _write_all(self, owners: dict[str, RequestOwner]) -> None:
         rest = iter(owners.items())
         while batch := [*islice(rest, WRITE_CONCURRENCY)]:
-            await asyncio.gather(*(self._write(*item) for item in batch))
+            await asyncio.gather(*(self._write(*item, even_if_slow=True) for item in batch))
 
     def _start_writing(self) -> None:
         if self._write_task is None or self._write_task.done():

@@ -176,7 +176,7 @@ def test_data_that_is_not_one_head_keeps_its_tags(data: bytes) -> None:
     assert split_tags(data) == (data, None)
 
 
-async def test_split_and_pipelined_requests_with_tags_are_answered_in_order(
+async def test_split_and_pipelined_requests_with_tags_get_responses_in_order(
     make: MakeProxy, fal: FakeFal
 ) -> None:
     async def respond_with_path(request: web.Request) -> web.StreamResponse:

@@ -39,7 +39,7 @@ LAST_WRITE_TIMEOUT = 1.0  # seconds
 
 class StoreBreaker:
     """Runs operations of a store while it works. After a failure operations fail at once, until a
-    probe in the background succeeds.
+    probe in the background succeeds. What only the store has is read with `call_even_if_slow`.
 
     A remote store is probed all the time, so that in most cases a probe, and not a call, finds the
     failure. Unlike in `falproxy.circuit_breaker`, no call is a probe, since a call would have to
@@ -63,6 +63,8 @@ class StoreBreaker:
         self._all_written_at = float("inf")
         self._slow_probes = 0
         self._is_open = False
+        self._is_slow = False  # it is open, and the last operation succeeded
+        self._slow_writes: list[asyncio.Task[None]] = []
         self._state_log = StateLog(logger)
         self._trip_future: asyncio.Future[None] | None = None  # done when the breaker opens
         self._tasks: set[asyncio.Task[object]] = set()
@@ -84,7 +86,8 @@ class StoreBreaker:
     @property
     def is_complete(self) -> bool:
         """False while other processes may have entries in memory that are not in the store."""
-        return not self._is_open and asyncio.get_running_loop().time() >= self._complete_at
+        is_usable = not self._is_open or self._is_slow
+        return is_usable and asyncio.get_running_loop().time() >= self._complete_at
 
     def is_complete_since(self, time: float) -> bool:
         """Return whether the store is complete, and no process has had other entries since a time
@@ -102,7 +105,10 @@ class StoreBreaker:
         return self.is_complete_since(since)
 
     def _has_unwritten(self) -> bool:
-        return self._is_open or any(count() for count in self.unwritten_counts)
+        return (self._is_open and not self._is_slow) or self._holds_unwritten()
+
+    def _holds_unwritten(self) -> bool:
+        return any(count() for count in self.unwritten_counts)
 
     @property
     def is_busy(self) -> bool:
@@ -131,7 +137,7 @@ class StoreBreaker:
 
     async def _write_last(self) -> None:
         """Try once more to write the entries in memory, also if the store is skipped."""
-        if not any(count() for count in self.unwritten_counts):
+        if not self._holds_unwritten():
             return
         self._is_open, self._trip_future = False, None
         with suppress(TimeoutError):
@@ -156,9 +162,29 @@ class StoreBreaker:
             await asyncio.wait((task, self._tripped()), return_when=asyncio.FIRST_COMPLETED)
         finally:
             del self._deadlines[task]
-            if not (is_done := task.done()):
+            if not task.done():
                 task.cancel()
-        if not is_done:
+        return self._result_of(task)
+
+    async def call_even_if_slow(self, operation: Coroutine[object, object, T]) -> T:
+        """Return the result of a store operation, also while the store is skipped for being slow.
+
+        Raises: StoreError.
+        """
+        if not (self._is_open and self._is_slow):
+            return await self.call(operation)
+        task = self._start_task(operation)
+        try:
+            await wait_while_responsive((task,), CALL_TIMEOUT, PROBE_PARTS)
+        finally:
+            if not task.done():
+                task.cancel()
+        return self._result_of(task)
+
+    def _result_of(self, task: asyncio.Task[T]) -> T:
+        """Return the result of an operation that has ended or was just cancelled."""
+        if not task.done():
+            self._is_slow = False
             raise StoreError("the store did not respond in time")
         try:
             return task.result()
@@ -207,7 +233,7 @@ class StoreBreaker:
     def _trip(self, error: Exception) -> None:
         if not self._is_open:
             self._state_log.warning("The result cache is bypassed for now: %s", reason(error))
-        self._is_open = True
+        self._is_open, self._is_slow = True, False
         if (tripped := self._trip_future) is not None and not tripped.done():
             tripped.set_result(None)
 
@@ -237,6 +263,13 @@ class StoreBreaker:
             return
         finally:
             probe.cancel()
+        self._on_probed(content, seconds)
+        age = 0.0 if content is None else content.complete_age
+        self._all_written_at = started_at - age
+
+    def _on_probed(self, content: StoreContent | None, seconds: float) -> None:
+        """Set the state after a successful probe, which took some seconds."""
+        loop = asyncio.get_running_loop()
         self._slow_probes = self._slow_probes + 1 if seconds > SLOW_SECONDS else 0
         if self._slow_probes >= SLOW_PROBES_TO_TRIP:
             self._trip(TimeoutError())
@@ -244,11 +277,21 @@ class StoreBreaker:
             self._state_log.warning("The result cache works again")
             self._is_open, self._trip_future = False, None
             self._complete_at = loop.time() + SETTLE_SECONDS
-            self._run_callbacks(self.on_recovered)
-        age = 0.0 if content is None else content.complete_age
-        self._all_written_at = started_at - age
-        if content is not None and not self._is_open:
+            _ = self._run_callbacks(self.on_recovered)
+        if self._is_open:
+            # A store that has lost its content is not asked until it is fast again.
+            self._is_slow = (
+                content is not None and content.id == self._content_id and not content.is_new
+            )
+            self._write_slowly()
+        elif content is not None:
             self._check_content(content)
+
+    def _write_slowly(self) -> None:
+        """Write the entries in memory while the store is slow."""
+        is_writing = any(not task.done() for task in self._slow_writes)
+        if self._is_slow and not is_writing and self._holds_unwritten():
+            self._slow_writes = self._run_callbacks(self.on_recovered)
 
     def _check_content(self, content: StoreContent) -> None:
         """Notice that the store has lost its content since the last probe."""
@@ -258,14 +301,13 @@ class StoreBreaker:
         if self._content_id not in (None, content.id):
             logger.warning("The result cache was emptied: what this process remembers is restored")
             self._complete_at = now + SETTLE_SECONDS
-            self._run_callbacks(self.on_emptied)
+            _ = self._run_callbacks(self.on_emptied)
         self._content_id = content.id
 
     def _run_callbacks(
         self, callbacks: list[Callable[[], Coroutine[object, object, None]]]
-    ) -> None:
-        for callback in callbacks:
-            _ = self._start_task(callback())
+    ) -> list[asyncio.Task[None]]:
+        return [self._start_task(callback()) for callback in callbacks]
 
 
 def reason(error: Exception) -> str:

@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from uuid import UUID, uuid4
 
 from cachetools import LRUCache
@@ -81,11 +82,16 @@ class VirtualRequests:
                 self._results[request_id] = result
         await self._write(request_id, virtual_request)
 
-    async def _write(self, request_id: str, virtual_request: VirtualRequest) -> None:
-        """Write to the store, now or after its recovery."""
-        store = self._breaker.store
+    async def _write(
+        self, request_id: str, virtual_request: VirtualRequest, *, even_if_slow: bool = False
+    ) -> None:
+        """Write to the store, now or later.
+
+        even_if_slow: also while the store is skipped for being slow.
+        """
+        call = self._breaker.call_even_if_slow if even_if_slow else self._breaker.call
         try:
-            await self._breaker.call(store.put_virtual_request(request_id, virtual_request))
+            await call(self._breaker.store.put_virtual_request(request_id, virtual_request))
         except StoreError:
             with suppress(ValueError):  # larger than the whole cache
                 self._unwritten[request_id] = virtual_request
@@ -94,7 +100,7 @@ class VirtualRequests:
         unwritten, self._unwritten = self._unwritten, new_unwritten()
         self._writing += 1
         try:
-            await self._write_all([*unwritten.items()], self._write)
+            await self._write_all([*unwritten.items()], partial(self._write, even_if_slow=True))
         finally:
             self._writing -= 1
 
@@ -151,8 +157,9 @@ class VirtualRequests:
         entry = self._recent.get(request_id)
         if entry is not None and (request_id in self._results or self._is_fresh(entry[1])):
             return entry[0]
+        call = self._breaker.call_even_if_slow if entry is None else self._breaker.call
         try:
-            stored = await self._breaker.call(self._breaker.store.get_virtual_request(request_id))
+            stored = await call(self._breaker.store.get_virtual_request(request_id))
         except StoreError:
             if entry is None:
                 raise

@@ -2,10 +2,11 @@
 
 import asyncio
 import time
+from dataclasses import replace
 
 import pytest
 
-from falproxy.stores.cache import StoreError
+from falproxy.stores.cache import StoreContent, StoreError
 from falproxy.stores.cache.circuit_breaker import (
     CALL_TIMEOUT,
     PROBE_INTERVAL,
@@ -16,6 +17,7 @@ from falproxy.stores.cache.circuit_breaker import (
 from tests.support.fake_store import STORE_DOWN, VIRTUAL_REQUEST, FakeStore, wait_until
 
 TIMEOUT = 5.0
+CONTENT = StoreContent("content", is_new=False)
 
 
 async def test_a_working_store_is_called(breaker: StoreBreaker, store: FakeStore) -> None:
@@ -106,6 +108,74 @@ async def test_slow_probes_open_the_breaker() -> None:
         assert store.operations.count("probe") >= SLOW_PROBES_TO_TRIP
         store.delay = 0.0
         await wait_until(lambda: not breaker.is_open)
+
+
+async def test_a_slow_store_is_used_where_it_is_needed_only() -> None:
+    store = FakeStore(is_remote=True, content=CONTENT)
+    store.virtual_requests["id"] = VIRTUAL_REQUEST
+    async with StoreBreaker(store) as breaker:
+        await wait_until(lambda: "probe" in store.operations)
+        store.delay = 3 * SLOW_SECONDS
+        await wait_until(lambda: breaker.is_open)
+        with pytest.raises(StoreError, match="skipped"):
+            await breaker.call(store.get_virtual_request("id"))
+        found = await breaker.call_even_if_slow(store.get_virtual_request("id"))
+        assert found == VIRTUAL_REQUEST
+        assert breaker.is_complete
+
+
+@pytest.mark.parametrize("failure", ["down", "frozen", "other content"])
+async def test_a_store_that_does_not_work_is_skipped_by_all(failure: str) -> None:
+    store = FakeStore(is_remote=True, content=CONTENT)
+    async with StoreBreaker(store) as breaker:
+        await wait_until(lambda: "probe" in store.operations)
+        store.delay = 3 * SLOW_SECONDS
+        await wait_until(lambda: breaker.is_complete and breaker.is_open)
+        if failure == "down":
+            store.error = STORE_DOWN
+        elif failure == "frozen":
+            store.running.clear()
+        else:
+            store.content = replace(CONTENT, id="another")
+        await wait_until(lambda: not breaker.is_complete)
+        with pytest.raises(StoreError, match="skipped"):
+            await breaker.call_even_if_slow(store.get("key"))
+        store.error, store.delay = None, 0.0
+        store.running.set()
+        await wait_until(lambda: not breaker.is_open)
+
+
+async def test_a_slow_store_that_hangs_is_an_error() -> None:
+    store = FakeStore(is_remote=True, content=CONTENT)
+    async with StoreBreaker(store) as breaker:
+        await wait_until(lambda: "probe" in store.operations)
+        store.delay = 3 * SLOW_SECONDS
+        await wait_until(lambda: breaker.is_complete and breaker.is_open)
+        store.running.clear()
+        with pytest.raises(StoreError):
+            await breaker.call_even_if_slow(store.get("key"))
+        assert not breaker.is_complete
+        store.running.set()
+
+
+async def test_entries_in_memory_are_written_to_a_slow_store() -> None:
+    store, unwritten, writes = FakeStore(is_remote=True, content=CONTENT), [1], []
+
+    async def write() -> None:
+        writes.append(await breaker.call_even_if_slow(store.get_virtual_request("id")))
+        if len(writes) == 2:
+            unwritten.clear()
+
+    async with StoreBreaker(store) as breaker:
+        breaker.unwritten_counts.append(lambda: len(unwritten))
+        breaker.on_recovered.append(write)
+        await wait_until(lambda: "probe" in store.operations)
+        store.delay = 3 * SLOW_SECONDS
+        await wait_until(lambda: not unwritten)
+        assert breaker.is_open
+        probes = store.operations.count("probe")
+        await wait_until(lambda: store.operations.count("probe") > probes + 2)
+        assert len(writes) == 2, "nothing is left to write"
 
 
 async def test_a_single_slow_probe_does_not_open_the_breaker() -> None:

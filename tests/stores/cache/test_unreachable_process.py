@@ -2,24 +2,25 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 import pytest
 
 from falproxy.errors import TemporaryError
 from falproxy.stores.cache import RequestOwner, StoreError, VirtualRequest
-from falproxy.stores.cache.circuit_breaker import StoreBreaker
+from falproxy.stores.cache.circuit_breaker import SLOW_SECONDS, StoreBreaker
 from falproxy.stores.cache.redis import RedisStore
 from falproxy.stores.cache.virtual_requests import VirtualRequests, new_virtual_id
 from falproxy.stores.ownership import RequestOwnership
+from tests.support.fake_store import wait_until
 from tests.support.redis_server import redis_server
 from tests.support.tcp_forwarder import TcpForwarder
 
 pytestmark = pytest.mark.slow(seconds=5)
 
 REPLY_DELAY = 1.5  # seconds, more than the time limit of a probe
-REQUEST_ID = new_virtual_id()
+REQUEST_ID, OTHER_ID = new_virtual_id(), new_virtual_id()
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,3 +155,25 @@ async def test_a_process_that_stops_writes_its_entries_although_it_skips_the_sto
                     await first.add(REQUEST_ID)
                     way.reply_delay = 0.0
                 assert await other.find(REQUEST_ID)
+
+
+@KINDS
+async def test_entries_of_a_process_with_a_slow_store_are_found(
+    create: Callable[[str], Process],
+) -> None:
+    """A process that skips a slow store writes to it in the background."""
+    async with processes(create) as (first, other, way):
+        await first.find(new_virtual_id())  # both have seen the store
+        way.reply_delay = 3 * SLOW_SECONDS
+        await wait_until(lambda: first.breaker.is_open)
+        await first.add(REQUEST_ID)
+        async with asyncio.timeout(10):
+            while True:
+                with suppress(StoreError, TemporaryError):
+                    if await other.find(REQUEST_ID):
+                        break
+                await asyncio.sleep(0.05)
+        assert first.breaker.is_open
+        await other.add(OTHER_ID)
+        assert await first.find(OTHER_ID)
+        assert not await first.find(new_virtual_id())
