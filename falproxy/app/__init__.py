@@ -59,6 +59,7 @@ from falproxy.background import (
 )
 from falproxy.dialects import default_error, handle_errors, handle_unrouted_errors
 from falproxy.dialects.transparent import BodyLimits
+from falproxy.errors import SettingsError
 from falproxy.media.fetch import Fetcher
 from falproxy.metrics import METRICS, Metrics
 from falproxy.middleware.access import AuthHook
@@ -146,10 +147,21 @@ def setup(
     `handler_args={"handler_cancellation": True}`, so that a client that disconnects cancels its
     call to fal.
     """
+    require_upstream(settings)
     settings = resolve_key_mode(settings, has_hook=authenticate is not None)
     warn_if_open(settings, authenticate)
     app[METRICS] = Metrics()
     add_proxy(app, settings, prefix=prefix.rstrip("/"), is_standalone=False, auth_hook=authenticate)
+
+
+def require_upstream(settings: Settings) -> None:
+    """Raises: SettingsError, FALPROXY_SANDBOX is set, which an embedding application does not
+    start, so that calls would go to fal."""
+    if settings.sandbox and settings.upstream.origin is None:
+        raise SettingsError(
+            "FALPROXY_SANDBOX starts no sandbox inside another application: run `falproxy sandbox` "
+            "and set FALPROXY_UPSTREAM_ORIGIN=http://127.0.0.1:8081."
+        )
 
 
 def warn_if_open(settings: Settings, authenticate: AuthHook | None) -> None:

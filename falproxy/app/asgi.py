@@ -10,7 +10,7 @@ from typing import Any
 from aiohttp import web
 from aiohttp.web_server import Server
 
-from falproxy.app import create_app, warn_if_open
+from falproxy.app import create_app, require_upstream, warn_if_open
 from falproxy.media.fetch import Fetcher
 from falproxy.middleware.access import AuthHook
 from falproxy.server.asgi.bridge import Receive, Send, serve_request
@@ -64,6 +64,7 @@ class AsgiProxy:
         authenticate: AuthHook | None = None,
         fetcher: Fetcher | None = None,
     ) -> None:
+        require_upstream(settings)
         # Each connection has one request: the fast path is for those with many.
         self._settings = replace(settings, server=replace(settings.server, fast_path=False))
         self._prefix = prefix.rstrip("/")

@@ -16,6 +16,11 @@ from falproxy.proxy.head_only import any_request_id
 
 logger = logging.getLogger(__name__)
 
+PREFLIGHT_REFUSED = (
+    "A page of another origin was refused: add its origin to FALPROXY_ALLOWED_ORIGINS if it may "
+    "call the proxy"
+)
+
 BROKEN_BODY = "body_broken"  # the code of errors in the framing of a request
 
 # Renders an error in the shape of the dialect. The string is the request id.
@@ -64,10 +69,20 @@ def method_check_middleware(check: Callable[[web.Request], None]) -> Middleware:
     @web.middleware
     async def check_method(request: web.Request, handler: Handler) -> web.StreamResponse:
         check_framing(request)
+        if request.method == hdrs.METH_OPTIONS:
+            log_preflight(request)
         check(request)
         return await handler(request)
 
     return check_method
+
+
+def log_preflight(request: web.Request) -> None:
+    """Log a preflight (Fetch standard) of an origin that is not allowed. Those of allowed origins
+    have a response before."""
+    if hdrs.ACCESS_CONTROL_REQUEST_METHOD in request.headers:
+        fields = {"request_id": request.get(REQUEST_ID)}
+        logger.info(PREFLIGHT_REFUSED, extra={"fields": fields})
 
 
 def check_framing(request: web.Request) -> None:

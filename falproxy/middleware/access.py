@@ -63,6 +63,7 @@ ACCESS_KEY = "x-falproxy-key"
 ACCESS_KEY_METHOD = "key"  # name of the authentication method
 BEARER = "Authorization: Bearer"
 SCHEMES = ("bearer ", "key ")
+NOT_VALID = "The access key or token of this request is not valid here."
 TOKEN_BODY_MAX = 64 * 1024
 # Seconds that a token may live; the value that fal's own client requests.
 TOKEN_LIFETIME = 120
@@ -104,7 +105,8 @@ def authenticate(
         # RFC 6750, section 3.1: the error code is for requests with a token only.
         is_invalid = "jwt" in authenticators and credential(request)
         challenge = 'Bearer error="invalid_token"' if is_invalid else "Bearer"
-        raise ProxyError(401, "unauthenticated", message, {hdrs.WWW_AUTHENTICATE: challenge})
+        text = f"{NOT_VALID} {message}" if credential(request) else message
+        raise ProxyError(401, "unauthenticated", text, {hdrs.WWW_AUTHENTICATE: challenge})
 
     return authenticate_middleware
 

@@ -95,6 +95,21 @@ def test_wrong_settings_are_found_when_the_application_is_made(tmp_path: Path) -
         falproxy.asgi(make_settings(fal_key=CANARY, data_dir=tmp_path, allowed_origins=("*",)))
 
 
+@pytest.mark.parametrize("embed", ["asgi", "setup"])
+def test_an_embedded_proxy_does_not_send_calls_of_the_sandbox_to_fal(
+    tmp_path: Path, embed: str
+) -> None:
+    def create(**fields: object) -> object:
+        settings = make_settings(fal_key=CANARY, data_dir=tmp_path, sandbox=True, **fields)
+        if embed == "asgi":
+            return falproxy.asgi(settings)
+        return falproxy.setup(web.Application(), settings)
+
+    with pytest.raises(SettingsError, match="FALPROXY_UPSTREAM_ORIGIN"):
+        create()
+    create(upstream_origin="http://127.0.0.1:8081")
+
+
 async def test_the_first_requests_start_the_proxy_once(settings: falproxy.Settings) -> None:
     app = falproxy.asgi(settings)
     calls = [AsgiCall(app, HEALTH) for _ in range(20)]

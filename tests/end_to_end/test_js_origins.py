@@ -348,6 +348,16 @@ async def test_a_preflight_of_another_origin_is_a_405(
     assert fal.seen == []
 
 
+async def test_the_log_has_the_setting_that_allows_a_refused_origin(
+    shared: Gateway, caplog: pytest.LogCaptureFixture
+) -> None:
+    await preflight(shared, EXACT)
+    assert "FALPROXY_ALLOWED_ORIGINS" not in caplog.text
+    await preflight(shared, "https://evil.tld")
+    assert "FALPROXY_ALLOWED_ORIGINS" in caplog.text
+    assert "evil" not in caplog.text
+
+
 @pytest.mark.parametrize("origin", [EXACT, "https://evil.tld", "null"])
 async def test_without_allowed_origins_every_preflight_is_a_405(
     gateway: Gateway, origin: str

@@ -89,6 +89,16 @@ async def test_a_missing_or_wrong_key_is_a_401(
     assert fal.seen == []
 
 
+async def test_a_wrong_key_has_another_sentence_than_none(locked: Gateway) -> None:
+    wrong = await locked.call(RUN, json={}, headers=[("Authorization", "Key wrong-k3y")])
+    none = await locked.call(RUN, json={})
+    message = (await none.json())["message"]
+    assert message.startswith("Send an access key")
+    assert (await wrong.json())["message"] == (
+        f"The access key or token of this request is not valid here. {message}"
+    )
+
+
 async def test_a_key_in_the_query_is_ignored(locked: Gateway, fal: FakeFal) -> None:
     response = await locked.client.post(
         f"{PROXY}?x-falproxy-key=ann-s3cret", json={}, headers={"x-fal-target-url": RUN}

@@ -88,7 +88,12 @@ RUNS: dict[tuple[str, str], Run] = {
     ("docs/getting-started.md", "AsyncClient"): Run(output=IMAGE_URL),
     ("docs/getting-started.md", "falproxy.client.install"): Run(output=IMAGE_URL),
     ("docs/getting-started.md", "Bearer change-me-please"): Run(
-        after="FALPROXY_ACCESS_KEYS=web:change-me-please", output=IMAGE_URL
+        after="FALPROXY_ACCESS_KEYS=web:change-me-please\n", output=IMAGE_URL
+    ),
+    ("docs/getting-started.md", "falproxy doctor"): Run(env={"FALPROXY_SANDBOX": "1"}),
+    ("docs/security.md", "curl -i -X OPTIONS"): Run(
+        after="FALPROXY_ALLOWED_ORIGINS=",
+        output=r"204 No Content[^$]*Access-Control-Allow-Origin: https://app\.example\.com",
     ),
     ("docs/configuration.md", "falproxy doctor"): Run(env={"FALPROXY_SANDBOX": "1"}),
     ("docs/authentication-and-limits.md", "curl -i"): Run(

@@ -79,7 +79,9 @@ def invalid_parameter(param: str | None, message: str, code: str = "invalid_valu
 
 def model_not_found(name: str) -> ImagesError:
     return ImagesError(
-        MODEL_NOT_FOUND, f"The model {name!r} does not exist, or may not be called here."
+        MODEL_NOT_FOUND,
+        f"The model {name!r} does not exist, or may not be called here. "
+        "GET /v1/models lists the names; endpoint ids of fal work too.",
     )
 
 

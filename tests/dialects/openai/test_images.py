@@ -370,6 +370,7 @@ class TestModels:
             with pytest.raises(openai.NotFoundError) as caught:
                 await request
             assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+            assert "GET /v1/models lists the names" in caught.value.message
         assert proxy.submits == 0
 
     @pytest.mark.parametrize("endpoint", ["fal-ai/ltx-video", "fal-ai/kokoro/american-english"])
