@@ -49,6 +49,7 @@ from falproxy.stores.cache.result_cache import RESULT_CACHE, ResultCache, result
 from falproxy.stores.idempotency.keyed_calls import KeyedCalls
 from falproxy.stores.keys.known_keys import KNOWN_KEYS, KnownKeys
 from falproxy.stores.keys.sql_keys import choose_key_store
+from falproxy.stores.ledger.process_starts import this_start
 from falproxy.stores.ledger.writer import LedgerWriter, choose_ledger, ledger_context
 
 if TYPE_CHECKING:
@@ -62,7 +63,10 @@ def open_ledger_writer(app: web.Application, settings: Settings) -> LedgerWriter
     """Open the ledger first, so that it is closed after everything that writes records."""
     ledger = choose_ledger(settings.ledger.database_url, settings.data_dir)
     writer = LedgerWriter(
-        ledger, settings.ledger.retention, jobs_retention=settings.ledger.jobs_retention
+        ledger,
+        settings.ledger.retention,
+        jobs_retention=settings.ledger.jobs_retention,
+        start=this_start(),
     )
     app.cleanup_ctx.append(ledger_context(writer, LEDGER_SHUTDOWN_TIMEOUT))
     return writer

@@ -38,6 +38,7 @@ from falproxy.stores.ledger.reports import (
     parse_group_by,
     parse_page,
     parse_time_range,
+    start_rows,
     usage_summary,
     usage_table,
 )
@@ -221,7 +222,10 @@ class UsageHandlers:
         if group_by is not None:
             return await usage_table(self._ledger, time_range, group_by, principal, page)
         summary = await usage_summary(self._ledger, time_range, principal)
-        return {**summary, "latest": await latest_calls(self._ledger, time_range, principal)}
+        latest = await latest_calls(self._ledger, time_range, principal)
+        is_admin = principal is None
+        starts = await start_rows(self._ledger, time_range) if is_admin else None
+        return {**summary, "latest": latest, "starts": starts}
 
 
 def live_metrics(snapshot: Snapshot) -> Json:

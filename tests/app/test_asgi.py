@@ -99,11 +99,12 @@ def test_wrong_settings_are_found_when_the_application_is_made(tmp_path: Path) -
 def test_an_embedded_proxy_does_not_send_calls_of_the_sandbox_to_fal(
     tmp_path: Path, embed: str
 ) -> None:
-    def create(**fields: object) -> object:
+    def create(**fields: str) -> None:
         settings = make_settings(fal_key=CANARY, data_dir=tmp_path, sandbox=True, **fields)
         if embed == "asgi":
-            return falproxy.asgi(settings)
-        return falproxy.setup(web.Application(), settings)
+            falproxy.asgi(settings)
+        else:
+            falproxy.setup(web.Application(), settings)
 
     with pytest.raises(SettingsError, match="FALPROXY_UPSTREAM_ORIGIN"):
         create()

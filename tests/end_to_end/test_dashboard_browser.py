@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import pytest
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
+from falproxy import __version__
+from falproxy.stores.ledger import ProcessStart
+from falproxy.stores.ledger.sqlite import sqlite_ledger
 from tests.support.js_world import JS, PLAY_TIMEOUT, need
 from tests.support.paths import CHROMIUM
 from tests.support.running_proxy import RunningProxy, open_running_proxy
@@ -160,6 +164,32 @@ async def test_a_chart_is_read_by_keyboard_and_the_time_range_is_changed(
     assert shown["usageQueries"][-1] == "?since=1h"
     assert shown["pause"]["pressed"] == "true"
     assert "paused" in shown["pause"]["text"]
+
+
+async def test_deploys_and_restarts_are_marked_in_the_charts(tmp_path: Path) -> None:
+    """With the pointer, by keyboard, and in the table for screen readers."""
+    started = time.time() - 5 * 3600
+    async with open_running_proxy(tmp_path) as place:
+        async with sqlite_ledger(tmp_path / "ledger.sqlite") as ledger:
+            for version, host, hours in (
+                ("0.0.8", "a", 30),  # before the day that is shown
+                ("0.0.8", "a", 2),
+                ("0.0.9", "a", 0),
+                ("0.0.9", "b", 0),
+            ):
+                await ledger.add_start(ProcessStart(version, host, started - hours * 3600))
+        await call_all(place)
+        shown = (await visit(place.origin))["chart"]["starts"]
+    restart = "0.0.8 started on 1 process, "
+    deploy = "new version 0.0.9 started on 2 processes of 2 hosts, "
+    own = f"new version {__version__} started on 1 process, "
+    assert shown["classes"] == ["restart", "deploy", "deploy"]
+    for texts in (shown["announced"], shown["hovered"], shown["table"], shown["otherCharts"]):
+        found = [text for text in texts if "started on" in text]
+        assert len(found) == 3, texts
+        assert all(part in text for part, text in zip((restart, deploy, own), found, strict=True))
+    assert all("calls " in text for text in shown["announced"])
+    assert shown["note"]
 
 
 async def test_without_calls_instructions_are_shown(tmp_path: Path) -> None:

@@ -166,7 +166,34 @@ async function readChart(page) {
     announced.push(await slider.getAttribute("aria-valuetext"));
   }
   const tooltip = await page.locator("#calls-chart .tooltip").innerText();
-  return { announced, tooltip };
+  return { announced, tooltip, starts: await readStarts(page, slider) };
+}
+
+/** Return the marks of starts: their lines, and the texts for keyboards, tables and pointers. */
+async function readStarts(page, slider) {
+  const announced = [];
+  await page.keyboard.press("Home");
+  for (let n = 0; n < (await page.locator("#calls-chart tbody tr").count()); n += 1) {
+    announced.push(await slider.getAttribute("aria-valuetext"));
+    await page.keyboard.press("ArrowRight");
+  }
+  const lines = page.locator("#calls-chart .starts path");
+  const classes = await lines.evaluateAll((paths) => paths.map((path) => path.getAttribute("class")));
+  const hovered = [];
+  for (let n = 0; n < classes.length; n += 1) {
+    const { x, y, height } = await lines.nth(n).boundingBox();
+    await page.mouse.move(x, y + height / 2);
+    hovered.push(await page.locator("#calls-chart .tooltip").innerText());
+  }
+  const cells = page.locator("#calls-chart tbody td:last-child");
+  return {
+    announced: announced.filter((text) => text.includes("started on")),
+    classes,
+    hovered,
+    table: (await cells.allTextContents()).filter((text) => text !== ""),
+    note: await page.locator("#starts-note").isVisible(),
+    otherCharts: await page.locator("#errors-chart tbody td:last-child").allTextContents(),
+  };
 }
 
 /** Filter the list of calls by the first failure, read a detail by keyboard, and export the calls. */

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -26,6 +27,8 @@ from falproxy.server.worker_metrics import (
     share_metrics,
     socket_path,
 )
+from falproxy.stores.ledger.process_starts import read_starts
+from falproxy.stores.ledger.sqlite import sqlite_ledger
 from tests.support.cli_process import CliProcess, run_command, run_refused
 from tests.support.fake_fal import FakeFal, respond_hello
 from tests.support.key_search import CANARY
@@ -173,6 +176,26 @@ async def test_a_killed_worker_is_restarted(env: dict[str, str]) -> None:
             await poll(proxy.origin)
         await until(lambda: len(sockets_of(env)) == 2)
         assert await proxy.stop() == 0
+
+
+async def test_the_ledger_has_the_starts_of_all_workers(env: dict[str, str]) -> None:
+    """Also that of a worker that was restarted."""
+
+    async def starts() -> int:
+        async with sqlite_ledger(Path(env["CWD"]) / ".falproxy" / "ledger.sqlite") as ledger:
+            return sum(mark.processes for mark in await read_starts(ledger, 0, time.time() + 60))
+
+    async def are_recorded() -> bool:
+        return await starts() == expected
+
+    expected = 2
+    async with serving(env) as proxy:
+        await until_async(are_recorded)
+        os.kill(min(worker_pids(proxy)), signal.SIGKILL)
+        expected = 3
+        await until_async(are_recorded)
+        assert await proxy.stop() == 0
+    assert await starts() == expected
 
 
 async def test_the_counters_of_a_killed_worker_stay(env: dict[str, str]) -> None:

@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ import pytest
 from aiohttp import web
 from aiohttp.pytest_plugin import AiohttpClient
 
-from falproxy import create_app
+from falproxy import __version__, create_app
 from falproxy.cli.usage_command import align_columns
-from falproxy.stores.ledger import CallRecord, Outcome, Totals
+from falproxy.stores.ledger import CallRecord, Outcome, ProcessStart, Totals
 from falproxy.stores.ledger.postgres import postgres_ledger
 from falproxy.stores.ledger.reports import (
     TimeRange,
     check_series_length,
+    format_time,
     parse_time_range,
     time_series,
     totals_json,
@@ -374,6 +376,35 @@ async def test_one_response_has_all_data_of_the_dashboard(
     assert costs["r1"] == 0.04
 
 
+async def test_a_report_has_the_starts_of_processes(
+    make_gateway: MakeGateway, fal: FakeFal, tmp_path: Path
+) -> None:
+    at = time.time() - 20 * DAY
+    async with sqlite_ledger(tmp_path / "ledger.sqlite") as ledger:
+        for version, host, after in (("0.8", "a", 0.0), ("0.9", "a", 60.0), ("0.9", "b", 61.0)):
+            await ledger.add_start(ProcessStart(version, host, at + after))
+    gateway = await make_gateway(fal.origin)
+    report = await get_usage(gateway, since=format_time(at + 30), until=format_time(at + 90))
+    assert report["starts"] == [
+        {
+            "at": format_time(at + 60),
+            "version": "0.9",
+            "processes": 2,
+            "hosts": 2,
+            "is_new_version": True,
+        }
+    ]
+
+
+async def test_a_proxy_records_its_start(make_gateway: MakeGateway, fal: FakeFal) -> None:
+    gateway = await make_gateway(fal.origin)
+    until = count(1)
+    async with asyncio.timeout(10):
+        while not (starts := (await get_usage(gateway, since=f"{100 + next(until)}d"))["starts"]):
+            await asyncio.sleep(0.01)
+    assert [(start["version"], start["processes"]) for start in starts] == [(__version__, 1)]
+
+
 @pytest.mark.parametrize(
     "query",
     [
@@ -435,7 +466,7 @@ async def test_callers_of_a_locked_proxy_see_their_own_calls(
         name = key.removeprefix("s3cret-")
         assert report["principal"] == name
         assert {row["principal"] for row in report["latest"]} == {name}
-        assert (report["principals"], report["live"]) == (None, None)
+        assert (report["principals"], report["live"], report["starts"]) == (None, None, None)
 
 
 def token(subject: str) -> str:

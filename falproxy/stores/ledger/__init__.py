@@ -104,6 +104,21 @@ class Outcome:
     run_seconds: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ProcessStart:
+    """The start of a process of the proxy.
+
+    host: name of the machine or container.
+    at: seconds since 1970.
+    id: identifies a row that is written again.
+    """
+
+    version: str
+    host: str
+    at: float
+    id: str = field(default_factory=new_id)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UsageQuery:
     """Filter of records.
@@ -259,9 +274,13 @@ class CallRecordStore(Protocol):
     async def latest(self, query: UsageQuery) -> list[CallRecord]:
         """Return records with their outcomes, newest first."""
 
+    async def add_start(self, start: ProcessStart) -> None:
+        """Record the start of a process, which `process_starts` reads. One that exists already
+        stays unchanged."""
+
     async def delete_before(self, before: float) -> int:
-        """Delete records older than this time, and jobs finished before it. Return the number of
-        deleted records."""
+        """Delete records and starts older than this time, and jobs finished before it. Return the
+        number of deleted records."""
 
     async def count_before(self, before: float) -> int:
         """Return the number of records older than this time."""

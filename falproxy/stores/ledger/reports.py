@@ -15,10 +15,12 @@ from falproxy.stores.ledger import (
     GroupBy,
     Interval,
     Ledger,
+    QueryReader,
     Totals,
     UsageQuery,
     UserTotals,
 )
+from falproxy.stores.ledger.process_starts import read_starts
 from falproxy.stores.ledger.rows import interval_name
 from falproxy.stores.ledger.statements import MILLISECONDS
 from falproxy.stores.ledger.totals_queries import SUMMARY_GROUPS
@@ -254,6 +256,12 @@ async def latest_calls(
     """Raises: LedgerError."""
     query = usage_query(time_range, principal, LATEST_MAX)
     return [call_json(record) for record in await records.latest(query)]
+
+
+async def start_rows(reader: QueryReader, time_range: TimeRange) -> list[Json]:
+    """Return the starts of processes in a period, oldest first. Raises: LedgerError."""
+    marks = await read_starts(reader, time_range.since, time_range.until)
+    return [asdict(mark) | {"at": format_time(mark.at)} for mark in marks]
 
 
 def call_json(record: CallRecord) -> Json:

@@ -12,6 +12,7 @@ from falproxy.stores.ledger import (
     JobRow,
     Lease,
     Outcome,
+    ProcessStart,
     Totals,
     UsageQuery,
     UserTotals,
@@ -19,6 +20,7 @@ from falproxy.stores.ledger import (
 from falproxy.stores.ledger.database import DbConnection, LedgerDatabase
 from falproxy.stores.ledger.rows import (
     Row,
+    clean_text,
     job_from_row,
     job_query_to_row,
     job_to_row,
@@ -37,6 +39,7 @@ from falproxy.stores.ledger.statements import (
     ADD_JOB,
     ADD_OUTCOME,
     ADD_RECORD,
+    ADD_START,
     CLAIM_JOBS,
     COUNT_OLD_JOBS,
     COUNT_OLD_RECORDS,
@@ -127,6 +130,10 @@ class SqlLedger:
     async def latest(self, query: UsageQuery) -> list[CallRecord]:
         rows = await self._database.read(SELECT_LATEST, query_to_row(query))
         return [record_from_row(row) for row in rows]
+
+    async def add_start(self, start: ProcessStart) -> None:
+        texts = map(clean_text, (start.version, start.host))
+        await self._database.execute(ADD_START, (start.id, to_ms(start.at), *texts))
 
     async def delete_before(self, before: float) -> int:
         records, *_ = [

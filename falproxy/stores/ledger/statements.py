@@ -23,7 +23,7 @@ JOB_INPUT_COLUMNS = JOB_COLUMNS[:-3]
 
 TABLES = (
     "falproxy_ledger", "falproxy_entries", "falproxy_outcomes", "falproxy_jobs", PERIODS_TABLE,
-    SUMS_TABLE,
+    SUMS_TABLE, "falproxy_starts",
 )  # fmt: skip
 
 # Each item migrates the schema by one version. Released items are never changed.
@@ -77,6 +77,12 @@ MIGRATIONS: tuple[tuple[str | DialectStatements, ...], ...] = (
             (call_at, status, error, error_type, endpoint, principal)
             WHERE status >= 400""",
     ),
+    (
+        """CREATE TABLE IF NOT EXISTS falproxy_starts (
+            id TEXT PRIMARY KEY, at BIGINT NOT NULL, version TEXT NOT NULL, host TEXT NOT NULL
+        )""",
+        "CREATE INDEX IF NOT EXISTS falproxy_starts_by_time ON falproxy_starts (at)",
+    ),
 )
 
 LEDGER_SCHEMA = Schema("falproxy_ledger", MIGRATIONS, TABLES)
@@ -128,6 +134,11 @@ ADD_OUTCOME = f"""
     VALUES ({placeholders(len(OUTCOME_COLUMNS) + 2)}, {COPIED_VALUES}, NOW)
     ON CONFLICT (request_id) DO UPDATE SET status = excluded.status, {MERGE_OUTCOME}
     WHERE falproxy_outcomes.status >= 400 OR excluded.status < 400
+"""
+
+ADD_START = """
+    INSERT INTO falproxy_starts (id, at, version, host) VALUES ($1, $2, $3, $4)
+    ON CONFLICT (id) DO NOTHING
 """
 
 PAGE = "LIMIT $4 OFFSET $5"
@@ -219,6 +230,7 @@ DELETE_QUERIES = (
     delete_query("falproxy_entries", "id", "at"),
     delete_query("falproxy_outcomes", "request_id", "at"),
     DELETE_JOBS,
+    delete_query("falproxy_starts", "id", "at"),
 )
 COUNT_OLD_RECORDS = "SELECT COUNT(*) FROM falproxy_entries WHERE at < $1"
 COUNT_OLD_JOBS = "SELECT COUNT(*) FROM falproxy_jobs WHERE finished_at < $1"

@@ -19,6 +19,7 @@ from falproxy.stores.ledger import (
     Ledger,
     LedgerError,
     Outcome,
+    ProcessStart,
     SchemaError,
 )
 from falproxy.stores.ledger.database import LedgerDatabase
@@ -51,6 +52,7 @@ class LedgerWriter:
     retention: age in seconds after which records and finished jobs are deleted; None keeps them.
     jobs_retention: the same for finished jobs alone.
     queue_max: maximum number of queued rows.
+    start: of this process, which is recorded; None for a process that serves no calls.
     """
 
     def __init__(
@@ -60,13 +62,14 @@ class LedgerWriter:
         queue_max: int = QUEUE_MAX,
         *,
         jobs_retention: float | None = None,
+        start: ProcessStart | None = None,
     ) -> None:
         self.ledger = ledger
         self.dropped = 0
         self.last_error: str | None = None
         self.is_down = False  # True after a failed write, until the next success
         self._retention, self._jobs_retention = retention, jobs_retention
-        self._queue_max = queue_max
+        self._queue_max, self._start = queue_max, start
         self._queue: deque[CallRecord | Outcome] = deque()
         self._batch: list[CallRecord | Outcome] = []  # taken from the queue, not confirmed yet
         self._has_rows, self._batch_full = asyncio.Event(), asyncio.Event()
@@ -107,6 +110,7 @@ class LedgerWriter:
             loop.create_task(self._write_loop()),
             loop.create_task(self._retention_loop()),
             loop.create_task(self._sum_loop()),
+            loop.create_task(self._record_start()),
         ]
         for task in self._tasks:
             task.add_done_callback(log_task_error)
@@ -202,6 +206,15 @@ class LedgerWriter:
             limit = min(limit * 2, SUM_BATCH_MAX) if seconds < SUM_SECONDS else limit // 2 or 1
             # Half of the time is left to others while sums of old records are computed.
             await asyncio.sleep(seconds if count else SUM_INTERVAL)
+
+    async def _record_start(self) -> None:
+        while self._start is not None:
+            try:
+                await self.ledger.add_start(self._start)
+            except LedgerError:
+                await asyncio.sleep(RETRY_INTERVAL)
+            else:
+                return
 
     def _on_failure(self, error: LedgerError) -> None:
         self.is_down, self.last_error = True, str(error)

@@ -164,6 +164,11 @@ class UsageReport(BaseModel):
     principals: list[UsageRow] | None
     users: list[UsageRow]
     latest: list[LatestCall]
+    starts: list[dict[str, str | int | bool]] | None = Field(
+        description="Starts of processes, each with those of the same `version` in the minute "
+        "after `at`: `processes`, `hosts`, and `is_new_version` if the start before was of another "
+        "version. Null for callers who see their own calls only."
+    )
     live: LiveMetrics | None
 
 

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp import web
@@ -50,7 +51,7 @@ def file(tmp_path: Path) -> Path:
 
 @asynccontextmanager
 async def running(
-    ledger: Ledger, grace_period: float = 5.0, **options: int
+    ledger: Ledger, grace_period: float = 5.0, **options: Any
 ) -> AsyncIterator[LedgerWriter]:
     """A writer that is open within the context."""
     writer = LedgerWriter(ledger, **options)

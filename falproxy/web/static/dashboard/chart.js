@@ -6,6 +6,8 @@
 import { el } from "../dom.js";
 import { axisTicks, labeledIndexes } from "./axes.js";
 import { createLegend, svg } from "./chart_legend.js";
+import { createStartLines, describeStarts, startsOfRows } from "./chart_marks.js";
+import { createTable } from "./chart_table.js";
 import { formatAxisTime, formatIntervalStart } from "./format.js";
 
 const HEIGHT = 220;
@@ -38,6 +40,7 @@ export class Chart {
   constructor(figure, spec) {
     this.spec = spec;
     this.rows = [];
+    this.startsByRow = [];
     this.step = "hour";
     this.selected = null; // index of a row
     const id = `${figure.id}-title`;
@@ -71,14 +74,18 @@ export class Chart {
     new ResizeObserver(() => this.render()).observe(this.plot);
   }
 
-  /** @param {object[]} rows with `at`, oldest first @param {string} step */
-  setRows(rows, step) {
+  /**
+   * @param {object[]} rows with `at`, oldest first @param {string} step
+   * @param {object[]} starts of processes, oldest first
+   */
+  setRows(rows, step, starts) {
     const selectedTime = this.selected === null ? null : this.rows[this.selected]?.at;
     this.rows = rows;
     this.step = step;
+    this.startsByRow = startsOfRows(rows, starts);
     const index = rows.findIndex((row) => row.at === selectedTime);
     this.selected = index < 0 ? null : index;
-    this.renderTable();
+    this.table.replaceChildren(createTable(this));
     this.render();
   }
 
@@ -131,11 +138,14 @@ export class Chart {
     const soFar = n === this.rows.length - 1 ? " (so far)" : "";
     const extraText = extra?.(row);
     const start = formatIntervalStart(new Date(row.at), this.step);
-    return `${start}${soFar}: ${[...values, ...(extraText ? [extraText] : [])].join(", ")}`;
+    const text = `${start}${soFar}: ${[...values, ...(extraText ? [extraText] : [])].join(", ")}`;
+    const starts = describeStarts(this.startsByRow[n]);
+    return starts === "" ? text : `${text}. ${starts}`;
   }
 
-  x(n) {
-    return this.left + ((n + 0.5) / this.rows.length) * this.plotWidth;
+  /** part: of the interval, from 0 to 1. */
+  x(n, part = 0.5) {
+    return this.left + ((n + part) / this.rows.length) * this.plotWidth;
   }
 
   y(value) {
@@ -160,7 +170,9 @@ export class Chart {
     this.cursor = svg("g", { class: "cursor" });
     this.graphic.setAttribute("width", width);
     const shapes = lines.map((line) => this.createLine(line, bars));
-    this.graphic.replaceChildren(this.createAxes(), ...shapes, this.cursor);
+    const place = (n, part) => this.x(n, part);
+    const startLines = createStartLines(this.startsByRow, place, TOP, HEIGHT - BOTTOM);
+    this.graphic.replaceChildren(this.createAxes(), ...shapes, startLines, this.cursor);
     this.plot.setAttribute("aria-valuemax", this.rows.length - 1);
     this.renderSelection();
   }
@@ -253,23 +265,6 @@ export class Chart {
     this.tooltip.textContent = this.describePoint(n);
     this.tooltip.classList.toggle("left", this.x(n) > this.left + this.plotWidth / 2);
     this.cursor.replaceChildren(svg("path", { d: `M${this.x(n)} ${TOP}V${HEIGHT - BOTTOM}` }));
-  }
-
-  renderTable() {
-    const { title, lines, format } = this.spec;
-    const rows = this.rows.map((row) =>
-      el(
-        "tr",
-        {},
-        el("th", { scope: "row" }, formatIntervalStart(new Date(row.at), this.step)),
-        ...lines.map(({ value }) => el("td", {}, format(value(row)))),
-      ),
-    );
-    const headings = ["From", ...lines.map(({ name }) => name)];
-    const cells = headings.map((heading) => el("th", { scope: "col" }, heading));
-    const head = el("thead", {}, el("tr", {}, ...cells));
-    const body = el("tbody", {}, ...rows);
-    this.table.replaceChildren(el("table", {}, el("caption", {}, title), head, body));
   }
 }
 

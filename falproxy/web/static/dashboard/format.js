@@ -89,6 +89,14 @@ export function formatTime(at) {
 
 /** A time with its day if that is not today. @param {Date} at */
 export function formatWhen(at) {
-  const isToday = at.toDateString() === new Date().toDateString();
-  return isToday ? at.toLocaleTimeString() : at.toLocaleString(undefined, { ...DAY, ...TIME });
+  return isToday(at) ? at.toLocaleTimeString() : at.toLocaleString(undefined, { ...DAY, ...TIME });
+}
+
+/** The same without seconds. @param {Date} at */
+export function formatMinute(at) {
+  return at.toLocaleString(undefined, isToday(at) ? TIME : { ...DAY, ...TIME });
+}
+
+function isToday(at) {
+  return at.toDateString() === new Date().toDateString();
 }

@@ -103,10 +103,13 @@ function otherFailures(row) {
 }
 
 const charts = new Map();
+let starts = []; // of processes, in the period that is shown
 
 /** @param {object} usage document of `api/usage` @param {object | null} previous of the period before */
 export function showTilesAndCharts(usage, previous) {
   showTiles(usage.totals, previous?.totals ?? null);
+  starts = usage.starts ?? [];
+  byId("starts-note").hidden = starts.length === 0;
   for (const [id, spec] of Object.entries(CHART_SPECS)) {
     showChart(id, spec, usage.series, usage.step);
   }
@@ -131,7 +134,7 @@ function showChart(id, spec, rows, step) {
   if (!charts.has(id)) {
     charts.set(id, new Chart(byId(id), spec));
   }
-  charts.get(id).setRows(rows, step);
+  charts.get(id).setRows(rows, step, starts);
 }
 
 /** Show the chart that is chosen, which is part of the URL: `?figure=errors`. */
