@@ -379,7 +379,7 @@ async def test_one_response_has_all_data_of_the_dashboard(
 async def test_a_report_has_the_starts_of_processes(
     make_gateway: MakeGateway, fal: FakeFal, tmp_path: Path
 ) -> None:
-    at = time.time() - 20 * DAY
+    at = float(int(time.time() - 20 * DAY))
     async with sqlite_ledger(tmp_path / "ledger.sqlite") as ledger:
         for version, host, after in (("0.8", "a", 0.0), ("0.9", "a", 60.0), ("0.9", "b", 61.0)):
             await ledger.add_start(ProcessStart(version, host, at + after))

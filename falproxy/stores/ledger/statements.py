@@ -21,10 +21,13 @@ JOB_COLUMNS = (
 # The columns that the writer of a job sets; the ledger sets the times.
 JOB_INPUT_COLUMNS = JOB_COLUMNS[:-3]
 
+# Of the records of calls and jobs.
 TABLES = (
     "falproxy_ledger", "falproxy_entries", "falproxy_outcomes", "falproxy_jobs", PERIODS_TABLE,
-    SUMS_TABLE, "falproxy_starts",
+    SUMS_TABLE,
 )  # fmt: skip
+
+STARTS_TABLE = "falproxy_starts"  # of processes
 
 # Each item migrates the schema by one version. Released items are never changed.
 MIGRATIONS: tuple[tuple[str | DialectStatements, ...], ...] = (
@@ -85,7 +88,7 @@ MIGRATIONS: tuple[tuple[str | DialectStatements, ...], ...] = (
     ),
 )
 
-LEDGER_SCHEMA = Schema("falproxy_ledger", MIGRATIONS, TABLES)
+LEDGER_SCHEMA = Schema("falproxy_ledger", MIGRATIONS, (*TABLES, STARTS_TABLE))
 
 
 def placeholders(count: int, first: int = 1) -> str:

@@ -12,9 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from falproxy.stores.ledger import CallRecord, JobRow, Lease, Ledger, LedgerError, UsageQuery
+from falproxy.stores.ledger import (
+    CallRecord,
+    JobRow,
+    Lease,
+    Ledger,
+    LedgerError,
+    ProcessStart,
+    UsageQuery,
+)
 from falproxy.stores.ledger.database import WRITE_TIMEOUT
-from falproxy.stores.ledger.statements import TABLES
+from falproxy.stores.ledger.statements import LEDGER_SCHEMA
 from falproxy.stores.ledger.writer import FLUSH_INTERVAL, LedgerWriter, choose_ledger
 from tests.support.postgres_server import PostgresServer, postgres_server
 
@@ -262,7 +270,8 @@ async def test_other_roles_of_the_database_see_no_rows(
             BEGIN; CREATE ROLE anon; GRANT USAGE ON SCHEMA {schema} TO anon;
             GRANT ALL ON ALL TABLES IN SCHEMA {schema} TO anon; SET ROLE anon;
         """
-        for table in TABLES:
+        await ledger.add_start(ProcessStart("1.0", "a", 1.0))
+        for table in LEDGER_SCHEMA.tables:
             count = f"SELECT count(*) FROM {schema}.{table}"
             assert server.sql(count) == ROWS_AFTER_A_RECORD.get(table, "1")
             assert server.sql(f"{as_anon} {count}; ROLLBACK") == "0"
