@@ -30,6 +30,7 @@ from falproxy.dialects.transparent import BodyLimits, transparent_dialect
 from falproxy.dialects.transparent import refuse as refuse_transparent
 from falproxy.fal.endpoint import DEFAULT_MODELS, NamedEndpoint
 from falproxy.fal.policy import Globs
+from falproxy.limit_settings import format_budget
 from falproxy.media.fetch import Fetcher
 from falproxy.metrics import METRICS
 from falproxy.middleware.access_log import identify_requests
@@ -351,7 +352,12 @@ def usage_handlers(
     def create_call_handlers() -> "CallHandlers":
         from falproxy.web.calls import CallHandlers
 
-        return CallHandlers(ledger, app[METRICS], create_visibility())
+        limits = settings.limits
+        budgets = {
+            "principal": limits.budget, "user": limits.user_budget, "total": limits.total_budget,
+        }  # fmt: skip
+        shown = {name: budget and format_budget(budget) for name, budget in budgets.items()}
+        return CallHandlers(ledger, app[METRICS], create_visibility(), shown)
 
     usage, calls = Lazy(create_handlers), Lazy(create_call_handlers)
     return {

@@ -5,7 +5,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Hashable
+from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Mapping
 from dataclasses import replace
 
 from aiohttp import hdrs, web
@@ -42,8 +42,17 @@ PARAMETERS = ("since", "until", "limit", "after", *FILTERS)
 
 
 class CallHandlers:
-    def __init__(self, ledger: Ledger, metrics: Metrics, visibility: Visibility) -> None:
+    """budgets: of callers, users and all together, as in the settings; None without one."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        metrics: Metrics,
+        visibility: Visibility,
+        budgets: Mapping[str, str | None],
+    ) -> None:
         self._ledger = ledger
+        self._budgets = budgets
         self._metrics = metrics
         self._visibility = visibility
         self._cache = TtlCache()
@@ -91,6 +100,7 @@ class CallHandlers:
         except LedgerError as error:
             logger.info("The ledger was not read: %s", error)
         document = state_json(snapshot, 1 + len(others), running_jobs)
+        document["budgets"] = self._budgets
         return json_response(json.dumps(document).encode())
 
     async def _count_jobs(self) -> bytes:

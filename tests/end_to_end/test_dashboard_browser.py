@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from falproxy import __version__
 from falproxy.stores.ledger import ProcessStart
 from falproxy.stores.ledger.sqlite import sqlite_ledger
+from falproxy.windows import WINDOWS
 from tests.support.js_world import JS, PLAY_TIMEOUT, need
 from tests.support.paths import CHROMIUM
 from tests.support.running_proxy import RunningProxy, open_running_proxy
@@ -190,6 +191,51 @@ async def test_deploys_and_restarts_are_marked_in_the_charts(tmp_path: Path) -> 
         assert all(part in text for part, text in zip((restart, deploy, own), found, strict=True))
     assert all("calls " in text for text in shown["announced"])
     assert shown["note"]
+
+
+async def test_each_panel_has_its_numbers_as_csv_and_the_request_for_them(
+    tmp_path: Path,
+) -> None:
+    """And callers and users have the bars of their budgets, those of keys their own."""
+    admin = {"x-falproxy-key": "s3cret-ann"}
+    async with open_running_proxy(
+        tmp_path,
+        access_keys=KEYS,
+        admins=("ann",),
+        budget=(100_000, WINDOWS["day"]),
+        user_budget=(70_000, WINDOWS["week"]),
+    ) as place:
+        await call_all(place, **admin, **{"x-falproxy-user": "ada"})
+        new_key = {"name": "batch", "budget": "1/month"}
+        async with place.session.post(
+            f"{place.origin}/api/keys", json=new_key, headers=admin
+        ) as response:
+            assert response.status == 201
+        shown = await visit(place.origin, "s3cret-ann")
+        for request in shown["api"]:
+            method, _, path = request.partition(" ")
+            assert method == "GET"
+            async with place.session.get(f"{place.origin}/{path}", headers=admin) as response:
+                assert response.status == 200, request
+    assert {request.partition("?")[0] for request in shown["api"]} == {
+        f"GET api/{name}"
+        for name in ("usage", "usage/performance", "usage/state", "usage/calls", "keys")
+    }
+    files = {name.removeprefix("falproxy-"): lines for name, lines in shown["csv"].items()}
+    assert {*files} == {
+        f"{name}.csv"
+        for name in (
+            "calls-chart", "failures", "endpoints", "routes", "principals", "users", "keys",
+            "latency",
+        )
+    }  # fmt: skip
+    assert all(len(lines) > 1 for lines in files.values())
+    calls = [line.split(",") for line in files["calls-chart.csv"]]
+    assert calls[0] == ["from", "calls", "errors"]
+    assert sum(int(row[1]) for row in calls[1:]) == 4
+    assert files["keys.csv"][1].startswith("batch,active,")
+    assert [row[-1].split() for row in shown["principals"]] == [["$0.10/day", "$0.065", "spent"]]
+    assert [row[-1].split() for row in shown["users"]] == [["$0.07/week", "$0.065", "spent"]]
 
 
 async def test_without_calls_instructions_are_shown(tmp_path: Path) -> None:

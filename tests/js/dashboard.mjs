@@ -43,6 +43,7 @@ async function visit(page) {
   result.violations = [...(keys?.violations ?? []), ...(await violationsInBothSchemes(page))];
   await checkWidths(page);
   result.chart = await readChart(page);
+  result.csv = await exportTables(page);
   result.pause = await pauseUpdates(page);
   result.list = await readCalls(page);
   await page.getByRole("radio", { name: "Hour" }).check({ force: true });
@@ -150,6 +151,7 @@ async function readNumbers(page) {
     failures: await rows("failures"),
     states: await page.locator("#state li").allInnerTexts(),
     points: await page.locator("#calls-chart tbody tr").count(),
+    api: await page.locator(".api-call code").allTextContents(),
   };
 }
 
@@ -180,7 +182,8 @@ async function readStarts(page, slider) {
   const lines = page.locator("#calls-chart .starts path");
   const classes = await lines.evaluateAll((paths) => paths.map((path) => path.getAttribute("class")));
   const hovered = [];
-  for (let n = 0; n < classes.length; n += 1) {
+  const isDrawn = await page.locator("#calls-chart .plot > svg").isVisible(); // not without calls
+  for (let n = 0; isDrawn && n < classes.length; n += 1) {
     const { x, y, height } = await lines.nth(n).boundingBox();
     await page.mouse.move(x, y + height / 2);
     hovered.push(await page.locator("#calls-chart .tooltip").innerText());
@@ -227,6 +230,19 @@ async function readCalls(page) {
   await page.getByRole("button", { name: "Clear filters" }).press("Enter");
   await page.locator("#latest tbody .chip.good").first().waitFor();
   return { ...result, cleared: page.url() };
+}
+
+/** Return the file of each visible button for CSV, by its name. The list of calls is left out. */
+async function exportTables(page) {
+  const files = {};
+  const buttons = page.getByRole("button", { name: /^Export .* as CSV$/ });
+  for (let n = 0; n < (await buttons.count()); n += 1) {
+    const download = page.waitForEvent("download");
+    await buttons.nth(n).press("Enter");
+    const file = await download;
+    files[file.suggestedFilename()] = (await readDownload(file)).split("\r\n").slice(0, -1);
+  }
+  return files;
 }
 
 async function readDownload(download) {

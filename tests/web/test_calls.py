@@ -13,6 +13,7 @@ from aiohttp import web
 from falproxy.metrics import METRICS
 from falproxy.stores.ledger import CallRecord, Outcome
 from falproxy.stores.ledger.sqlite import sqlite_ledger
+from falproxy.windows import WINDOWS
 from tests.support.fake_fal import FakeFal
 from tests.support.gateway import Gateway, MakeGateway
 from tests.support.sandbox_proxy import SandboxProxy, open_sandbox_proxy
@@ -210,6 +211,17 @@ async def test_the_state_has_dependencies_and_when_they_failed(
     assert not fal_state["is_up"]
     assert fal_state["error"] == "upstream_unreachable"
     assert fal_state["since"] is not None
+
+
+async def test_the_state_has_the_budgets_of_the_settings(
+    make_gateway: MakeGateway, fal: FakeFal
+) -> None:
+    _, without = await get(await make_gateway(fal.origin), STATE)
+    assert without["budgets"] == {"principal": None, "user": None, "total": None}
+    limits = {"budget": (5_000_000, WINDOWS["day"]), "user_budget": (500_000, WINDOWS["month"])}
+    _, document = await get(await make_gateway(fal.origin, **limits), STATE)
+    budgets = {"principal": "5.00/day", "user": "0.50/month", "total": None}
+    assert document["budgets"] == budgets
 
 
 class TestRecordedTimes:

@@ -3,6 +3,8 @@ import { el } from "../dom.js";
 import { formatDuration, formatUsd, NONE } from "./format.js";
 
 const COPIED_TIME = 2000; // ms
+const REUSED = ["hit", "collapsed", "replayed"];
+const CACHE_STEPS = { miss: "Not in the result cache", bypass: "Result cache not used" };
 
 /** @param {object} call of `api/usage/calls` @returns {HTMLElement} */
 export function callDetail(call) {
@@ -38,9 +40,12 @@ function steps(call) {
   const start = new Date(call.at);
   const after = (time) => (new Date(time) - start) / 1000;
   const found = [["Received", 0]];
-  if (["hit", "collapsed", "replayed"].includes(call.cache)) {
+  if (REUSED.includes(call.cache)) {
     found.push([`Result reused (${call.cache})`, call.seconds]);
-  } else if (call.upstream_seconds > 0) {
+  } else if (CACHE_STEPS[call.cache]) {
+    found.push([CACHE_STEPS[call.cache], null]);
+  }
+  if (!REUSED.includes(call.cache) && call.upstream_seconds > 0) {
     found.push(["Sent to fal.ai", call.own_seconds]);
     if (call.ended_at !== null || call.is_running) {
       found.push(["Accepted by fal’s queue", call.seconds]);

@@ -1,6 +1,7 @@
 /** The list of calls with its filters and pages. A row expands to the detail of the call. */
 import { fetchFromProxy } from "../access_key.js";
 import { byId, el } from "../dom.js";
+import { showApiCall } from "./api_calls.js";
 import { callDetail } from "./call_detail.js";
 import { filterQuery, setFilters, startFilters } from "./call_filters.js";
 import { saveFile } from "./csv.js";
@@ -97,6 +98,7 @@ async function load(after) {
   const controller = new AbortController();
   currentRequest = controller;
   byId("latest").setAttribute("aria-busy", "true");
+  showApiCall("calls-foot", PATH, callsQuery());
   let found = [];
   let cursor = after;
   for (let n = 0; n < SEARCHES_MAX; n += 1) {

@@ -125,6 +125,13 @@ export class Chart {
     });
   }
 
+  /** Return the values as rows of a CSV file. */
+  exportedRows() {
+    const { lines } = this.spec;
+    const rows = this.rows.map((row) => [row.at, ...lines.map(({ value }) => value(row))]);
+    return [["from", ...lines.map(({ name }) => name)], ...rows];
+  }
+
   select(n) {
     this.selected = this.rows.length > 0 ? n : null;
     this.renderSelection();

@@ -2,6 +2,7 @@
 import { fetchFromProxy } from "../access_key.js";
 import { byId, el } from "../dom.js";
 import { formatCount, formatQuantity, formatWhen } from "./format.js";
+import { showBudgets } from "./tables.js";
 import { setTile } from "./tiles_and_charts.js";
 
 const NAMES = {
@@ -48,11 +49,12 @@ export async function showState(isVisible, signal) {
     keysItem(state),
   );
   byId("state-summary").textContent = summary(state);
+  await showBudgets(state.budgets, signal);
 }
 
 function dependencyItem({ name, is_up, since, error }) {
-  const when = since === null ? "" : `since ${formatWhen(new Date(since))}`;
-  const reason = !is_up && error !== null ? error : "";
+  const when = `since ${since === null ? "the start" : formatWhen(new Date(since))}`;
+  const reason = error === null ? "" : is_up ? `last error ${error}` : error;
   return item(NAMES[name] ?? name, is_up ? "good" : "bad", is_up ? "works" : "fails", [
     when,
     reason,

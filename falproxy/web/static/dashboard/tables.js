@@ -1,5 +1,7 @@
 /** The tables: totals by endpoint, route, caller and user, and the latency percentiles. */
 import { byId, el } from "../dom.js";
+import { showApiCalls } from "./api_calls.js";
+import { budgetCell, budgetName, loadSpending } from "./budgets.js";
 import { addExportButton } from "./csv.js";
 import { formatCount, formatDuration, formatPercent, formatUsd, NONE } from "./format.js";
 
@@ -19,27 +21,51 @@ const PERCENTILES = [
 
 /** @param {object} usage document of `api/usage` */
 export function showTables(usage) {
+  shown = usage;
   showTotals("endpoints", "Endpoint", usage.endpoints, "no endpoint");
   showTotals("routes", "Route", usage.routes, "unknown");
   byId("principals-panel").hidden = usage.principals === null;
-  showTotals("principals", "Caller", usage.principals ?? [], "without a key");
   byId("users-panel").hidden = usage.users.every((row) => row.name === "");
-  showTotals("users", "User", usage.users, "no user", usage.principal === null);
+  showSpenders();
   showLatency(usage.live);
-  shown = usage;
+  showApiCalls();
   if (!hasExports) {
     hasExports = true;
-    for (const [id, name] of [
-      ["endpoints", "endpoints"],
-      ["routes", "routes"],
-      ["principals", "principals"],
-      ["users", "users"],
-    ]) {
-      addExportButton(byId(id).closest("section"), name, () => exportedRows(shown[name] ?? []));
+    for (const name of ["endpoints", "routes", "principals", "users"]) {
+      addExportButton(byId(name).closest("section"), name, () => exportedRows(shown[name] ?? []));
     }
+    addExportButton(byId("live-panel"), "latency", exportedLatency);
   }
 }
 
+function showSpenders() {
+  const { principals, users, principal } = shown;
+  showTotals("principals", "Caller", principals ?? [], "without a key", { ...budgets.principals });
+  showTotals("users", "User", users, "no user", {
+    hasCallers: principal === null,
+    ...budgets.users,
+  });
+}
+
+/**
+ * Show the used part of the budgets of callers and users.
+ *
+ * @param {{principal: string | null, user: string | null}} limits of `api/usage/state`
+ * @param {AbortSignal} signal
+ */
+export async function showBudgets(limits, signal) {
+  const [principals, users] = await Promise.all([
+    loadSpending("principal", [limits.principal], signal),
+    loadSpending("user", [limits.user], signal),
+  ]);
+  budgets = {
+    principals: { budget: limits.principal, spending: principals },
+    users: { budget: limits.user, spending: users },
+  };
+  showSpenders();
+}
+
+let budgets = {};
 let shown = null;
 let hasExports = false;
 const EXPORTED = [
@@ -60,8 +86,12 @@ function exportedRows(rows) {
   return [EXPORTED, ...rows.map((row) => EXPORTED.map((name) => row[name] ?? null))];
 }
 
-/** hasCallers: show the caller who named the user of each row. */
-function showTotals(id, title, rows, emptyName, hasCallers = false) {
+/**
+ * @param {object} [options] hasCallers: show the caller who named the user of each row. budget: that
+ *   each row has, with the `spending` in its window.
+ */
+function showTotals(id, title, rows, emptyName, options = {}) {
+  const { hasCallers = false, budget = null, spending } = options;
   const maxCalls = Math.max(1, ...rows.map((row) => row.calls));
   const lines = rows.map((row) => [
     el("th", { scope: "row" }, row.name || emptyName),
@@ -73,9 +103,13 @@ function showTotals(id, title, rows, emptyName, hasCallers = false) {
       el("span", {}, formatCount(row.calls)),
     ),
     ...TOTALS.map(([, text]) => el("td", {}, text(row))),
+    ...(budget
+      ? [el("td", {}, row.name ? budgetCell(budget, budgetName(row), spending) : NONE)]
+      : []),
   ]);
-  const headings = [title, ...(hasCallers ? ["Caller"] : []), "Calls"];
-  setTable(id, [...headings, ...TOTALS.map(([name]) => name)], lines, hasCallers ? [1] : []);
+  const first = [title, ...(hasCallers ? ["Caller"] : []), "Calls"];
+  const headings = [...first, ...TOTALS.map(([name]) => name), ...(budget ? ["Budget"] : [])];
+  setTable(id, headings, lines, hasCallers ? [1] : []);
 }
 
 /** A bar of the succeeded and the failed calls, relative to the row with the most calls. */
@@ -116,6 +150,19 @@ function showLatency(live) {
     PERCENTILES.map(([name]) => `${part} ${name}`),
   );
   setTable("live", ["Operation", "Requests", ...headings], lines);
+}
+
+function exportedLatency() {
+  const names = PERCENTILES.map(([, name]) => name);
+  const rows = ["upstream_seconds", "own_seconds"].flatMap((part) =>
+    (shown.live?.[part] ?? []).map((row) => [
+      part,
+      row.operation,
+      row.count,
+      ...names.map((name) => row[name]),
+    ]),
+  );
+  return [["part", "operation", "requests", ...names], ...rows];
 }
 
 /** textColumns: indexes of the columns that are aligned left, besides the first. */

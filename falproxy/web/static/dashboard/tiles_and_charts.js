@@ -1,6 +1,7 @@
 /** The tiles with the totals, and the charts over time. */
 import { byId } from "../dom.js";
 import { Chart } from "./chart.js";
+import { saveFile, toCsv } from "./csv.js";
 import {
   formatCount,
   formatDuration,
@@ -146,6 +147,11 @@ export function startFigures() {
   selected.checked = true;
   const show = (id) => inputs.forEach(({ value }) => (byId(value).hidden = value !== id));
   show(selected.value);
+  byId("export-chart").addEventListener("click", () => {
+    const id = choices.querySelector("input:checked").value;
+    const rows = charts.get(id)?.exportedRows() ?? [];
+    saveFile(`falproxy-${id}.csv`, new Blob([toCsv(rows)], { type: "text/csv" }));
+  });
   choices.addEventListener("change", (event) => {
     show(event.target.value);
     const url = new URL(location);
@@ -170,12 +176,23 @@ function showTiles(totals, previous) {
     "errors",
     formatCount(errors),
     calls ? `${formatPercent(errors / calls)} of all calls` : "",
-    compare("errors"),
+    rateBefore(previous, errorRate) || compare("errors"),
   );
   const hitsAndMisses = `${formatQuantity(hits, "hit")}, ${formatQuantity(misses, "miss", "misses")}`;
-  setTile("hits", formatPercent(totals.hit_rate), hitsAndMisses);
+  const hitsBefore = rateBefore(previous, (before) => before.hit_rate);
+  setTile("hits", formatPercent(totals.hit_rate), hitsAndMisses, hitsBefore);
   setTile("spent", formatUsd(totals.spent), note, compare("spent"));
   setTile("saved", formatUsd(totals.saved), `by ${formatQuantity(hits, "hit")}`, compare("saved"));
+}
+
+function errorRate({ calls, errors }) {
+  return calls ? errors / calls : null;
+}
+
+/** Return a rate in the period before; empty if it had none. */
+function rateBefore(previous, rate) {
+  const value = previous === null ? null : rate(previous);
+  return value === null ? "" : `${formatPercent(value)} before`;
 }
 
 function perCall({ calls, spent }) {
