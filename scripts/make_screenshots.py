@@ -18,7 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from falproxy.stores.ledger import CallRecord
+from falproxy import __version__
+from falproxy.stores.ledger import CallRecord, ProcessStart
 from falproxy.stores.ledger.sqlite import sqlite_ledger
 from tests.support.cli_process import run_interpreter
 from tests.support.paths import CHROMIUM, ROOT
@@ -36,6 +37,8 @@ MODELS = (
 )
 CALLERS = ("web", "mobile", "batch")
 USERS = ("ada", "grace", "linus", "margaret", "ken", "barbara")
+# Version and hours ago: a restart at night, a deploy before the incident.
+STARTS = ((__version__, 30.0), (__version__, 14.4), ("0.1.1", 3.4), (__version__, 2.1))
 ERRORS = ((422, "content_policy_violation"), (429, "rate_limited"), (502, "upstream_unreachable"))
 
 
@@ -78,7 +81,11 @@ def record(dice: random.Random, at: float, *, has_error: bool) -> CallRecord:
 async def fill_ledger(folder: Path) -> None:
     async with sqlite_ledger(folder / "ledger.sqlite") as ledger:
         await ledger.probe()
-        await ledger.write([*records(time.time())])
+        now = time.time()
+        await ledger.write([*records(now)])
+        for version, hours in STARTS:
+            for _ in range(2):
+                await ledger.add_start(ProcessStart(version, "host", now - hours * 3600))
 
 
 async def make_screenshots(target: Path) -> int:
