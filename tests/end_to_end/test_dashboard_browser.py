@@ -167,9 +167,11 @@ async def test_a_chart_is_read_by_keyboard_and_the_time_range_is_changed(
     assert "paused" in shown["pause"]["text"]
 
 
-async def test_deploys_and_restarts_are_marked_in_the_charts(tmp_path: Path) -> None:
-    """With the pointer, by keyboard, and in the table for screen readers."""
-    started = time.time() - 5 * 3600
+@pytest.mark.parametrize("after", [0, 1800, 3599], ids=lambda seconds: f"{seconds} s")
+async def test_deploys_and_restarts_are_marked_in_the_charts(tmp_path: Path, after: int) -> None:
+    """With the pointer, by keyboard, and in the table for screen readers. after: the start of an
+    hour, the interval of the chart."""
+    started = (time.time() // 3600 - 5) * 3600 + after
     async with open_running_proxy(tmp_path) as place:
         async with sqlite_ledger(tmp_path / "ledger.sqlite") as ledger:
             for version, host, hours in (

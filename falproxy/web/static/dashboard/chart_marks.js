@@ -58,7 +58,9 @@ export function createStartLines(startsByRow, x, top, bottom) {
   let previous = -Infinity;
   for (const [n, starts] of startsByRow.entries()) {
     for (const { start, part } of starts) {
-      const left = Math.round(x(n, part)) + 0.5;
+      // Inside the interval, so that the tooltip at the line has the text of the start.
+      const sharp = Math.floor(x(n, part)) + 0.5;
+      const left = Math.min(Math.max(sharp, x(n, 0) + 1), x(n, 1) - 1);
       if (left - previous >= DISTANCE_MIN || start.is_new_version) {
         const className = start.is_new_version ? "deploy" : "restart";
         group.append(svg("path", { d: `M${left} ${top}V${bottom}`, class: className }));
