@@ -14,6 +14,8 @@ const STATE_CLASSES = { active: "good", expired: "warn", revoked: "bad" };
 let isLoading = false;
 let isStarted = false;
 let shown = [];
+let shownNumber = 0; // of the request whose keys are shown
+let lastNumber = 0; // of the last request
 
 /** Load the keys and show them, if the caller may see them. @param {object} usage document of `api/usage` */
 export async function showKeys(usage) {
@@ -28,21 +30,22 @@ export async function showKeys(usage) {
   await refreshKeys();
 }
 
+/** Load the keys again. A response that is older than what is shown is dropped. */
 async function refreshKeys() {
+  const number = (lastNumber += 1);
   isLoading = true;
   try {
     const response = await fetchFromProxy(KEYS_PATH);
     byId("keys-panel").hidden = !response.ok && response.status !== 503;
     if (response.ok) {
       const { keys } = await response.json();
-      shown = keys;
-      renderKeys(
-        keys,
-        await loadSpending(
-          "principal",
-          keys.map(({ budget }) => budget),
-        ),
-      );
+      const budgets = keys.map(({ budget }) => budget);
+      const spending = await loadSpending("principal", budgets);
+      if (number > shownNumber) {
+        shownNumber = number;
+        shown = keys;
+        renderKeys(keys, spending);
+      }
       showProblem("");
     } else if (response.status === 503) {
       showProblem(await errorMessage(response));
