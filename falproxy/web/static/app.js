@@ -3,6 +3,7 @@ import { allowPrompt } from "./access_key.js";
 import { estimateUsd } from "./costs.js";
 import { byId, el, randomId, safeUrl } from "./dom.js";
 import { showExamples } from "./examples.js";
+import { FormDraft } from "./form_draft.js";
 import { renderHeader } from "./header.js";
 import { JobHistory } from "./history.js";
 import { copyText, imageAsInput } from "./image_actions.js";
@@ -20,7 +21,6 @@ import { onlyOnce } from "./repeat_filter.js";
 import { ResultView } from "./result_view.js";
 import { parseFragment, shareLink } from "./share_link.js";
 import { closeSheet, openSheet, startSheet } from "./sheet.js";
-import { readStored, writeStored } from "./stored_values.js";
 import { hasTabLocks } from "./tab_coordination.js";
 import { showToast } from "./toast.js";
 
@@ -40,6 +40,7 @@ window.addEventListener("unhandledrejection", (event) => {
 const form = new JobForm((request) => startJob(request));
 const [store] = await Promise.all([openJobStore(), loadProxyInfo()]);
 const jobs = new Jobs(store);
+const draft = new FormDraft(form, store.db);
 const runner = new JobRunner(jobs);
 const resultView = new ResultView({
   onReuse: reuse,
@@ -161,10 +162,8 @@ async function startJob({ model, prompt, promptName, options, imageInputs }) {
 
 /** Run the inputs of a job again. @param {object} options those that change; undefined removes one */
 async function rerun(job, options) {
-  const stored = job.imageInputs.flatMap(({ images }) => images).length;
-  if (stored < job.inputs) {
+  if (hasLostImages(job)) {
     await reuse(job);
-    showToast("The images of this job are not stored any more: choose them again, then run it.");
     return;
   }
   const { endpoint, model, price, unit, prompt, promptName, imageInputs } = job;
@@ -185,8 +184,14 @@ const randomSeed = () => Math.floor(Math.random() * 2 ** 31);
 
 const withSeed = ({ options, seed }) => (seed === null ? options : { ...options, seed });
 
+const hasLostImages = ({ imageInputs, inputs }) =>
+  imageInputs.flatMap(({ images }) => images).length < inputs;
+
 async function reuse(job) {
   await form.fill({ ...job, options: withSeed(job) });
+  if (hasLostImages(job)) {
+    showToast("The images of this job are not stored any more: choose them again, then run it.");
+  }
   openSheet();
   byId("prompt").focus();
 }
@@ -221,41 +226,33 @@ byId("copy-form-code").addEventListener("click", () => openCode(currentSettings(
 byId("share-form").addEventListener("click", () => share(currentSettings()));
 form.addEventListener("invalid", openSheet);
 form.addEventListener("change", () => {
-  const { endpoint, task, prompt, options } = currentSettings();
-  writeStored("form", { endpoint, task, prompt, options });
+  draft.save();
   showExamples(form);
 });
 
-/** Fill the form from a link; true if the fragment is one. */
-async function applyFragment() {
-  const settings = parseFragment(location.hash);
+/** Fill the form from a link, or change its task. @param {object | null} settings see `parseFragment` */
+async function applyLink(settings) {
   if (settings === null) {
-    return false;
+    return;
   }
   const { task, endpoint, prompt, options } = settings;
   if (endpoint !== null && isEndpointId(endpoint)) {
     await form.fill({ endpoint, prompt, options });
-  } else if (form.tasks.includes(task)) {
+  } else if (form.tasks.includes(task) && task !== form.task) {
     await form.setTask(task);
-  } else {
-    return false;
   }
   // The fragment is used once: a reload keeps what was changed since.
   window.history.replaceState(null, "", `${location.pathname}${location.search}`);
-  return true;
 }
 
 async function fillAtStart() {
-  const stored = readStored("form");
-  if (typeof stored?.endpoint === "string" && isEndpointId(stored.endpoint)) {
-    await form.fill({
-      ...stored,
-      prompt: String(stored.prompt ?? ""),
-      options: stored.options ?? {},
-    });
-  } else {
+  const link = parseFragment(location.hash);
+  const isComplete = link?.endpoint && isEndpointId(link.endpoint);
+  if (!isComplete && !(await draft.restore())) {
     await form.setTask(form.tasks.includes("create") ? "create" : form.tasks[0]);
   }
+  await applyLink(link);
+  draft.start();
 }
 
 if (proxyInfo.isSandbox) {
@@ -275,8 +272,6 @@ for (const job of runningJobs) {
   }
 }
 form.setModels(await loadModels());
-if (!(await applyFragment())) {
-  await fillAtStart();
-}
-window.addEventListener("hashchange", applyFragment);
+await fillAtStart();
+window.addEventListener("hashchange", () => applyLink(parseFragment(location.hash)));
 document.documentElement.dataset.ready = "yes";

@@ -3,11 +3,11 @@
  * images are accepted anywhere on the page.
  */
 import { byId } from "./dom.js";
-import { ImageInput } from "./image_inputs.js";
+import { ImageInput, isMaskName } from "./image_inputs.js";
 
 export class FormImages {
   #inputs = [];
-  #kept = []; // images for which the current model has no room
+  #kept = []; // {image, isMask} for which the current model has no room
   #onChange;
   #onMissingInput;
 
@@ -31,38 +31,53 @@ export class FormImages {
     return this.#inputs.map(({ name, isMany, images }) => ({ name, isMany, images }));
   }
 
+  /** All images, with those for which the model has no room. @returns {import("./form_draft.js").DraftImage[]} */
+  get all() {
+    const shown = this.#inputs.flatMap(({ name, isMask, images }) =>
+      images.map((image) => ({ name, isMask, image })),
+    );
+    return [...shown, ...this.#kept.map((kept) => ({ name: "", ...kept }))];
+  }
+
   /** Show the inputs of a model, with the images that were added already as far as there is room. */
   async setInputs(definitions) {
-    const images = [
-      ...this.#inputs.filter(({ isMask }) => !isMask).flatMap((input) => input.images),
-      ...this.#kept,
-    ];
+    const images = this.all;
     const actions = { onChange: this.#onChange, onDraw: (input) => this.#drawMask(input) };
     this.#inputs = definitions.map((definition) => new ImageInput(definition, actions));
     byId("image-inputs").hidden = this.#inputs.length === 0;
     byId("image-inputs").replaceChildren(...this.#inputs.map((input) => input.element));
     this.#kept = [];
-    for (const image of images) {
-      const target = this.#inputs.find((input) => !input.isFull && !input.isMask);
-      if (target === undefined) {
-        this.#kept.push(image);
-      } else {
-        await target.addImages([image]);
-      }
+    for (const { image, isMask } of images) {
+      await this.#place(image, isMask);
     }
   }
 
-  /** Replace all images by those of a job. @param {{name: string, images: object[]}[]} values */
+  /**
+   * Replace all images by those of a job.
+   *
+   * @param {{name: string, isMask?: boolean, images: object[]}[]} values
+   */
   async setValues(values) {
     this.#kept = [];
     const definitions = this.#inputs;
     this.#inputs = [];
     await this.setInputs(definitions);
-    for (const { name, images } of values) {
-      const target =
-        this.#inputs.find((input) => input.name === name) ??
-        this.#inputs.find((input) => !input.isFull);
-      await target?.addImages(images);
+    for (const { name, isMask = isMaskName(name), images } of values) {
+      for (const image of images) {
+        await this.#place(image, isMask, name);
+      }
+    }
+  }
+
+  /** Add an image to the input of a name, or to one that has room for it. */
+  async #place(image, isMask, name = "") {
+    const free = this.#inputs.filter((input) => !input.isFull);
+    const target =
+      free.find((input) => input.name === name) ?? free.find((input) => input.isMask === isMask);
+    if (target === undefined) {
+      this.#kept.push({ image, isMask });
+    } else {
+      await target.addImages([image]);
     }
   }
 

@@ -16,6 +16,8 @@ import { proxyInfo } from "./proxy_status.js";
 
 const IMAGES_MAX = 10; // of an input that accepts several
 
+export const isMaskName = (name) => /mask/.test(name);
+
 export class ImageInput {
   #id = randomId();
   #items = []; // {file?, url?, previewUrl, description}
@@ -31,7 +33,7 @@ export class ImageInput {
     this.name = name;
     this.isMany = isMany;
     this.isRequired = isRequired;
-    this.isMask = /mask/.test(name);
+    this.isMask = isMaskName(name);
     this.hint = hint;
     this.#onChange = onChange;
     this.element = this.#build(this.isMask ? onDraw : undefined);

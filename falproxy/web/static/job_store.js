@@ -1,11 +1,7 @@
 /** Storage of jobs in IndexedDB. If the browser stores nothing, they are kept in memory. */
+import { JOBS, bytesOf, openDatabase, runTransaction } from "./database.js";
 
-const STORE = "jobs";
-// One migration per database version. A released migration must not be changed.
-const MIGRATIONS = [
-  (db) => db.createObjectStore(STORE, { keyPath: "id" }).createIndex("created", "created"),
-  (db, transaction) => transaction.objectStore(STORE).createIndex("state", "state"),
-];
+const IMAGE_BYTES_MAX = 256 * 2 ** 20; // of the input images of all jobs
 const QUOTA_EXCEEDED =
   "This browser has no space left for the history. Delete some results to store new ones.";
 const NOT_STORED =
@@ -13,44 +9,28 @@ const NOT_STORED =
 const NEWER_VERSION =
   "A newer version of this page stored the history: this version cannot read it. Reload the page.";
 
-/** Open the store of this page. Proxies below different prefixes have separate stores. */
-export async function openJobStore() {
+/** Open the store of this page. */
+export async function openJobStore(imageBytesMax = IMAGE_BYTES_MAX) {
   try {
-    return new JobStore(await openDatabase());
+    return new JobStore(await openDatabase(), imageBytesMax);
   } catch (error) {
-    return new JobStore(null, error?.name === "VersionError" ? NEWER_VERSION : NOT_STORED);
+    const warning = error?.name === "VersionError" ? NEWER_VERSION : NOT_STORED;
+    return new JobStore(null, imageBytesMax, warning);
   }
 }
 
-function openDatabase() {
-  return new Promise((resolve, reject) => {
-    const name = `falproxy:${new URL(".", document.baseURI).pathname}`;
-    const request = indexedDB.open(name, MIGRATIONS.length);
-    request.onupgradeneeded = ({ oldVersion }) => {
-      for (const migrate of MIGRATIONS.slice(oldVersion)) {
-        migrate(request.result, request.transaction);
-      }
-    };
-    request.onsuccess = () => {
-      // Let a tab with a newer version of the page upgrade the database.
-      request.result.onversionchange = () => request.result.close();
-      resolve(request.result);
-    };
-    request.onerror = () => reject(request.error);
-    request.onblocked = () => reject(new Error("another tab has an older version open"));
-  });
-}
-
 /**
- * warning: a sentence for the user if jobs are not stored, or null. onWarning: called when it
- * changes.
+ * db: the database, or null. warning: a sentence for the user if jobs are not stored, or null.
+ * onWarning: called when it changes.
  */
 class JobStore {
-  #db;
   #memory = new Map(); // jobs that could not be stored, by id
+  #imageSizes = new Map(); // job id → {bytes, state, created} of the stored jobs with input images
+  #imageBytesMax;
 
-  constructor(db, warning = null) {
-    this.#db = db;
+  constructor(db, imageBytesMax, warning = null) {
+    this.db = db;
+    this.#imageBytesMax = imageBytesMax;
     this.warning = warning;
     this.onWarning = () => {};
   }
@@ -59,6 +39,7 @@ class JobStore {
   async readAll() {
     const records = await this.#tryTransaction("readonly", (store) => store.getAll());
     const jobs = new Map((records ?? []).filter(isValidRecord).map((job) => [job.id, job]));
+    jobs.forEach((job) => this.#countImages(job));
     return [...new Map([...jobs, ...this.#memory]).values()];
   }
 
@@ -70,19 +51,23 @@ class JobStore {
 
   /**
    * Store a job. If there is no space, store it without its small images, else in memory; set
-   * `warning`.
+   * `warning`. The input images of all jobs have a limit: those of the oldest ones are dropped.
    *
    * @param {object} job
    */
   async write(job) {
-    if (this.#db === null) {
+    if (this.db === null) {
       this.#memory.set(job.id, job);
       return;
     }
-    for (const record of [job, { ...job, before: null, thumb: null, imageInputs: [] }]) {
+    const isLarge = imageBytes(job) > this.#imageBytesMax;
+    const stored = isLarge ? withoutImages(job) : job;
+    for (const record of [stored, { ...withoutImages(job), before: null, thumb: null }]) {
       try {
         await this.#runTransaction("readwrite", (store) => store.put(record));
         this.#memory.delete(job.id);
+        this.#countImages(record);
+        await this.#dropOldImages(job.id);
         return;
       } catch (error) {
         this.#memory.set(job.id, job);
@@ -93,16 +78,50 @@ class JobStore {
 
   /** @param {string[]} ids */
   async remove(ids) {
-    ids.forEach((id) => this.#memory.delete(id));
+    for (const id of ids) {
+      this.#memory.delete(id);
+      this.#imageSizes.delete(id);
+    }
     await this.#tryTransaction("readwrite", (store) => ids.map((id) => store.delete(id)).at(-1));
     if (this.warning === QUOTA_EXCEEDED) {
       this.#setWarning(null);
     }
   }
 
+  #countImages(job) {
+    const bytes = imageBytes(job);
+    this.#imageSizes.delete(job.id);
+    if (bytes > 0) {
+      this.#imageSizes.set(job.id, { bytes, state: job.state, created: job.created ?? 0 });
+    }
+  }
+
+  /** Drop input images until all have room: those of results first, then of failed jobs. */
+  async #dropOldImages(currentId) {
+    let total = [...this.#imageSizes.values()].reduce((sum, { bytes }) => sum + bytes, 0);
+    if (total <= this.#imageBytesMax) {
+      return;
+    }
+    const order = ([, { state, created }]) => (state === "done" ? created : created + 1e15);
+    const oldest = [...this.#imageSizes]
+      .filter(([id, { state }]) => id !== currentId && ENDED_STATES.has(state))
+      .sort((one, other) => order(one) - order(other));
+    for (const [id, { bytes }] of oldest) {
+      if (total <= this.#imageBytesMax) {
+        return;
+      }
+      await this.#runTransaction("readwrite", (store) => {
+        const request = store.get(id);
+        request.onsuccess = () => request.result && store.put(withoutImages(request.result));
+      });
+      this.#imageSizes.delete(id);
+      total -= bytes;
+    }
+  }
+
   async #tryTransaction(mode, makeRequest) {
     try {
-      return this.#db === null ? undefined : await this.#runTransaction(mode, makeRequest);
+      return this.db === null ? undefined : await this.#runTransaction(mode, makeRequest);
     } catch {
       this.#setWarning(NOT_STORED);
       return undefined;
@@ -110,13 +129,7 @@ class JobStore {
   }
 
   #runTransaction(mode, makeRequest) {
-    return new Promise((resolve, reject) => {
-      const transaction = this.#db.transaction(STORE, mode);
-      const request = makeRequest(transaction.objectStore(STORE));
-      transaction.oncomplete = () => resolve(request?.result);
-      transaction.onabort = () => reject(transaction.error ?? request?.error);
-      transaction.onerror = () => reject(transaction.error ?? request?.error);
-    });
+    return runTransaction(this.db, JOBS, mode, makeRequest);
   }
 
   #setWarning(warning) {
@@ -125,6 +138,20 @@ class JobStore {
   }
 }
 
+const ENDED_STATES = new Set(["done", "failed", "cancelled", "unknown"]);
+
 function isValidRecord(record) {
   return typeof record?.id === "string" && typeof record.state === "string";
 }
+
+const imageBytes = ({ imageInputs = [] }) =>
+  imageInputs.flatMap(({ images }) => images).reduce((sum, image) => sum + bytesOf(image), 0);
+
+/** Return a job without the input images that are stored with it; `inputs` is still their number. */
+const withoutImages = (job) => ({
+  ...job,
+  imageInputs: (job.imageInputs ?? []).map((input) => ({
+    ...input,
+    images: input.images.filter(({ url }) => url !== undefined && !url.startsWith("data:")),
+  })),
+});
