@@ -467,13 +467,14 @@ def add_pages(
     *,
     is_locked: bool,
 ) -> None:
-    """Add the page at `/`, the dashboard, and their files."""
+    """Add the page at `/`, the dashboard, their files, the icon and `robots.txt`."""
     pages = page.Pages(settings, is_locked=is_locked)
     handlers = {
         page.ROOT: pages.show_page,
         page.DASHBOARD: pages.show_dashboard,
         page.ABOUT: pages.show_about,
         page.FILES: pages.show_file,
+        **{f"/{name}": pages.show_well_known_file for name in page.WELL_KNOWN_FILES},
     }
     for path, handler in handlers.items():
         app.router.add_get(prefix + path, compose(plain_layers, handler))

@@ -21,14 +21,19 @@ DASHBOARD = "/dashboard"
 FILES = "/web/{file:.+}"
 ABOUT = "/web/about.json"
 
+# Requested by browsers and crawlers on their own, beside the page.
+WELL_KNOWN_FILES = ("favicon.ico", "robots.txt")
+
 CONTENT_TYPES = {
-    ".css": "text/css",
-    ".html": "text/html",
-    ".js": "text/javascript",
-    ".json": "application/json",
-    ".svg": "image/svg+xml",
+    ".css": "text/css; charset=utf-8",
+    ".html": "text/html; charset=utf-8",
+    ".ico": "image/x-icon",
+    ".js": "text/javascript; charset=utf-8",
+    ".json": "application/json; charset=utf-8",
+    ".svg": "image/svg+xml; charset=utf-8",
+    ".txt": "text/plain; charset=utf-8",
 }
-DOCUMENT_TYPES = ("text/html", "image/svg+xml")  # types that browsers open as documents
+DOCUMENT_SUFFIXES = (".html", ".svg")  # files that browsers open as documents
 # Origins that browsers upload files to, and read fal's files from (fal-api.md, 3.5 and 3.6).
 FAL_FILE_ORIGINS = ("https://fal.media", "https://*.fal.media", "https://storage.googleapis.com")
 # The sandbox uses one of these in the URLs of its files; the user may have opened the other.
@@ -40,18 +45,20 @@ SECURITY_HEADERS: Mapping[str, str] = {
 }
 REVALIDATE = "no-cache"
 IMMUTABLE = "public, max-age=31536000, immutable"
+FOR_A_DAY = "public, max-age=86400"
 # Start of a relative URL in a page, without and with the content hash.
 LINK_PREFIXES = ('"web/', '"web/{}/')
 
 
 @dataclass(frozen=True, slots=True)
 class StaticFile:
-    """One file. gzipped: its content, compressed."""
+    """One file. gzipped: its content, compressed. is_document: browsers open it as a document."""
 
     content: bytes
     gzipped: bytes
     content_type: str
     etag: str
+    is_document: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +103,11 @@ class Pages:
             return self._file_response(request, self._get_file(name), REVALIDATE)
         return self._file_response(request, self._get_file(request.match_info["file"]), REVALIDATE)
 
+    async def show_well_known_file(self, request: web.Request) -> web.Response:
+        """Handler for GET of WELL_KNOWN_FILES."""
+        file = self._get_file(request.path.rpartition("/")[2])
+        return self._file_response(request, file, FOR_A_DAY)
+
     async def show_about(self, request: web.Request) -> web.Response:
         """Handler for GET of ABOUT: facts about the proxy that need no authentication."""
         headers = {**SECURITY_HEADERS, hdrs.CACHE_CONTROL: "no-store"}
@@ -113,7 +125,7 @@ class Pages:
     def _file_response(
         self, request: web.Request, file: StaticFile, cache_control: str
     ) -> web.Response:
-        headers = self._headers if file.content_type in DOCUMENT_TYPES else SECURITY_HEADERS
+        headers = self._headers if file.is_document else SECURITY_HEADERS
         return file_response(request, file, {**headers, hdrs.CACHE_CONTROL: cache_control})
 
 
@@ -126,7 +138,7 @@ def file_response(
     headers = {**headers, hdrs.ETAG: f'"{etag}"', hdrs.VARY: hdrs.ACCEPT_ENCODING}
     if matches_etag(request.if_none_match, etag):
         return web.Response(status=web.HTTPNotModified.status_code, headers=headers)
-    headers[hdrs.CONTENT_TYPE] = f"{file.content_type}; charset=utf-8"
+    headers[hdrs.CONTENT_TYPE] = file.content_type
     if is_gzipped:
         headers[hdrs.CONTENT_ENCODING] = "gzip"
     return web.Response(body=file.gzipped if is_gzipped else file.content, headers=headers)
@@ -210,7 +222,8 @@ def compress_file(name: str, content: bytes) -> StaticFile:
 
     etag = hashlib.sha256(content).hexdigest()[:32]
     gzipped = gzip.compress(content, compresslevel=9, mtime=0)
-    return StaticFile(content, gzipped, CONTENT_TYPES[suffix_of(name)], etag)
+    suffix = suffix_of(name)
+    return StaticFile(content, gzipped, CONTENT_TYPES[suffix], etag, suffix in DOCUMENT_SUFFIXES)
 
 
 def suffix_of(name: str) -> str:

@@ -35,7 +35,7 @@ async def test_every_file_is_served_with_its_content_type(
     client = await aiohttp_client(falproxy.create_app(settings()))
     response = await client.get(f"/web/{name}", headers=PLAIN)
     assert response.status == 200
-    assert response.headers["Content-Type"] == f"{CONTENT_TYPES[Path(name).suffix]}; charset=utf-8"
+    assert response.headers["Content-Type"] == CONTENT_TYPES[Path(name).suffix]
     assert response.headers["X-Content-Type-Options"] == "nosniff"
     assert response.headers["Cache-Control"] == "no-cache"
     if not name.endswith(".html"):
@@ -214,6 +214,48 @@ async def test_a_final_slash_is_redirected(aiohttp_client: AiohttpClient, name: 
     client = await aiohttp_client(falproxy.create_app(settings()))
     response = await client.get(f"/{name}/", headers=BROWSER)
     assert (response.status, response.url.path) == (200, f"/{name}")
+
+
+@pytest.mark.parametrize("prefix", ["", "/deep/er"])
+@pytest.mark.parametrize(
+    ("name", "content_type"),
+    [("favicon.ico", "image/x-icon"), ("robots.txt", "text/plain; charset=utf-8")],
+)
+async def test_browsers_and_crawlers_get_their_files(
+    aiohttp_client: AiohttpClient, name: str, content_type: str, prefix: str
+) -> None:
+    if prefix:
+        app = web.Application(handler_args=HANDLER_ARGS)
+        falproxy.setup(app, settings(), prefix=prefix)
+    else:
+        app = falproxy.create_app(settings())
+    client = await aiohttp_client(app)
+    response = await client.get(f"{prefix}/{name}")
+    content = await response.read()
+    assert (response.status, response.headers["Content-Type"]) == (200, content_type)
+    assert response.headers["Cache-Control"] == "public, max-age=86400"
+    assert 0 < len(content) < 1500
+    again = await client.get(
+        f"{prefix}/{name}", headers={"If-None-Match": response.headers["ETag"]}
+    )
+    assert again.status == 304
+    if prefix:
+        assert (await client.get(f"/{name}")).status == 404, "it belongs to the application"
+
+
+async def test_crawlers_are_asked_to_stay_away(aiohttp_client: AiohttpClient) -> None:
+    client = await aiohttp_client(falproxy.create_app(settings()))
+    lines = (await (await client.get("/robots.txt")).text()).splitlines()
+    assert lines == ["User-agent: *", "Disallow: /"]
+
+
+async def test_an_application_without_a_prefix_has_its_own_robots_txt(
+    aiohttp_client: AiohttpClient,
+) -> None:
+    app = web.Application(handler_args=HANDLER_ARGS)
+    falproxy.setup(app, settings())
+    client = await aiohttp_client(app)
+    assert (await client.get("/robots.txt")).status == 404
 
 
 def test_all_files_are_in_the_package(root: Path) -> None:
