@@ -13,7 +13,7 @@ export async function editImage({ page, gateway, screenshot }) {
   await page.getByLabel("Prompt").fill("!delay 1 make it winter");
   await page.getByRole("button", { name: "Generate" }).click();
   await page.locator("#status[data-phase=running]").waitFor();
-  await page.locator("#log li").first().waitFor();
+  await page.locator("#log p").first().waitFor();
   await screenshot("running");
   return {
     ...(await waitForEnd(page)),
@@ -84,9 +84,14 @@ export async function omitTheImage({ page, gateway, screenshot }) {
 export async function useKeyboard({ page, gateway }) {
   await open(page, gateway);
   const stops = [];
-  for (let presses = 0; presses < 4; presses += 1) {
+  for (let presses = 0; presses < 7; presses += 1) {
     await page.keyboard.press("Tab");
-    stops.push(await page.evaluate(() => document.activeElement.id || document.activeElement.name));
+    stops.push(
+      await page.evaluate(() => {
+        const { id, name, innerText } = document.activeElement;
+        return id || name || innerText.trim();
+      }),
+    );
   }
   const overflow = await page.evaluate(
     () => document.documentElement.scrollWidth - document.documentElement.clientWidth,
@@ -120,7 +125,7 @@ async function waitForEnd(page) {
   return {
     headline: await page.locator("#headline").innerText(),
     clock: await page.locator("#clock").innerText(),
-    logs: await page.locator("#log li").allInnerTexts(),
+    logs: await page.locator("#log p").allInnerTexts(),
     phases: await page.evaluate(() => [...new Set(window.phases)]),
     busy: await page.getByRole("button", { name: "Generate" }).isDisabled(),
   };

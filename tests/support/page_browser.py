@@ -28,6 +28,7 @@ from tests.support.paths import CHROMIUM
 from tests.support.settings import make_settings
 
 BOTH = ("light", "dark")
+WIDTHS = (1440, 768, 360)
 KONTEXT = "fal-ai/flux-pro/kontext"
 
 
@@ -104,21 +105,35 @@ class Visitor:
         code = "(count) => document.querySelectorAll('.thumbnails li').length === count"
         await self.wait_until(code, count, **options)
 
-    async def check_appearance(self, name: str) -> None:
-        """Check the page with axe-core, light and dark, wide and narrow, and take screenshots if
-        there is a directory for them."""
-        for width, schemes in ((1440, BOTH), (768, BOTH[:1]), (360, BOTH)):
+    async def check_appearance(self, name: str, prepare: str | None = None) -> None:
+        """Fail if `find_flaws` finds any."""
+        assert await self.find_flaws(name, prepare) == []
+
+    async def find_flaws(self, name: str, prepare: str | None = None) -> list[str]:
+        """Return the findings of axe-core, light and dark, wide and narrow, and whether the page is
+        wider than the screen. Takes screenshots if there is a directory for them.
+
+        prepare: a function of the page, called after each change of the width, such as one that
+        opens a menu.
+        """
+        flaws = []
+        for width in WIDTHS:
             await self.act("resize", width=width)
-            for scheme in schemes:
+            if prepare is not None:
+                await self.evaluate(prepare)
+            for scheme in BOTH:
                 await self.act("setColorScheme", colorScheme=scheme)
                 if self.artefacts is not None:
                     path = self.artefacts / f"page-{name}-{scheme}-{width}.png"
                     await self.act("screenshot", path=str(path))
-                assert await self.act("axeViolations") == [], f"{name}, {scheme}, {width} px"
+                violations = await self.act("axeViolations")
+                flaws += [f"{name}, {scheme}, {width} px: {each}" for each in violations]
             page_width = await self.evaluate("() => document.documentElement.scrollWidth")
-            assert page_width <= width, f"{name} is {page_width} px wide on a screen of {width}"
-        await self.act("resize", width=1440)
+            if page_width > width:
+                flaws.append(f"{name} is {page_width} px wide on a screen of {width}")
+        await self.act("resize", width=WIDTHS[0])
         await self.act("setColorScheme", colorScheme="light")
+        return flaws
 
 
 @dataclass(frozen=True, slots=True)

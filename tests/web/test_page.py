@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from configparser import ConfigParser
 from fnmatch import fnmatch
 from pathlib import Path
@@ -256,6 +257,22 @@ async def test_an_application_without_a_prefix_has_its_own_robots_txt(
     falproxy.setup(app, settings())
     client = await aiohttp_client(app)
     assert (await client.get("/robots.txt")).status == 404
+
+
+def css_variables(path: Path) -> list[dict[str, str]]:
+    """Return the variables of each `:root` in a style sheet: light, dark."""
+    blocks = re.findall(r":root \{(.*?)\}", path.read_text(), re.DOTALL)
+    return [dict(re.findall(r"(--[\w-]+): (.*?);", block)) for block in blocks]
+
+
+def test_the_example_has_the_colors_type_and_icon_of_the_pages(root: Path) -> None:
+    example = root / "examples" / "js-client" / "src"
+    for used, defined in zip(
+        css_variables(example / "style.css")[:2], css_variables(WEB / "base.css")[:2], strict=True
+    ):
+        assert used.items() <= defined.items()
+        assert {"--accent", "--background", "--text"} <= used.keys()
+    assert (example / "icon.svg").read_bytes() == (WEB / "icon.svg").read_bytes()
 
 
 def test_all_files_are_in_the_package(root: Path) -> None:

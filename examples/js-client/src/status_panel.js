@@ -52,7 +52,7 @@ function showPhase(phase, text) {
  */
 function showLogs(lines) {
   for (const { message } of lines.slice(log.children.length)) {
-    const line = document.createElement("li");
+    const line = document.createElement("p");
     line.textContent = message;
     log.append(line);
     log.hidden = false;
