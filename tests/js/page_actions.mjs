@@ -228,7 +228,11 @@ export const consoleErrors = ({ session }) => session.consoleErrors;
 export const axeViolations = ({ page }) => findViolations(page);
 
 export async function screenshot({ page, path }) {
-  await page.evaluate(() => window.scrollTo(0, 0)); // the sticky header must not cover the middle
+  await page.evaluate(() => {
+    window.scrollTo(0, 0); // the sticky header must not cover the middle
+    const frame = () => new Promise((resolve) => requestAnimationFrame(resolve));
+    return frame().then(frame);
+  });
   await page.screenshot({ path, fullPage: true });
 }
 

@@ -133,6 +133,8 @@ class Visitor:
                 flaws.append(f"{name} is {page_width} px wide on a screen of {width}")
         await self.act("resize", width=WIDTHS[0])
         await self.act("setColorScheme", colorScheme="light")
+        if self.artefacts is not None:
+            (self.artefacts / f"page-{name}.txt").write_text("\n".join(flaws))
         return flaws
 
 

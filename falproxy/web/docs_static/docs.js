@@ -10,9 +10,14 @@ async function showDocs() {
   }
   const spec = await response.json();
   spec.servers = [{ url: new URL(".", url).href.replace(/\/$/, "") }];
+  const domNode = document.getElementById("docs");
+  new MutationObserver(() => nameControls(domNode)).observe(domNode, {
+    childList: true,
+    subtree: true,
+  });
   SwaggerUIBundle({
     spec,
-    domNode: document.getElementById("docs"),
+    domNode,
     deepLinking: true,
     defaultModelsExpandDepth: 0,
     displayRequestDuration: true,
@@ -20,6 +25,25 @@ async function showDocs() {
     requestInterceptor: removeEmptyFields,
     validatorUrl: null,
   });
+}
+
+const SELECT_NAMES = {
+  "#servers": "Server",
+  ".examples-select-element": "Example",
+  ".content-type-wrapper select": "Content type",
+};
+
+/** Name the controls that Swagger UI leaves without a name, for screen readers. */
+function nameControls(docs) {
+  for (const [selector, name] of Object.entries(SELECT_NAMES)) {
+    for (const select of docs.querySelectorAll(`${selector}:not([aria-label])`)) {
+      select.setAttribute("aria-label", name);
+    }
+  }
+  // A link inside a button, which expands the same operation.
+  for (const link of docs.querySelectorAll(".opblock-summary-control a[href]")) {
+    link.removeAttribute("href");
+  }
 }
 
 /** Remove the empty fields of a form: the proxy would refuse an empty file as an invalid image. */

@@ -16,6 +16,12 @@ export function startMenus() {
       .filter((menu) => target === menu || !(target instanceof Node) || !menu.contains(target))
       .forEach((menu) => (menu.open = false));
   };
+  const showItems = ({ target }) => {
+    if (target.matches?.("details.menu[open]")) {
+      target.querySelector(".menu-items").scrollIntoView({ block: "nearest" });
+    }
+  };
+  document.addEventListener("toggle", showItems, { capture: true }); // it does not bubble
   document.addEventListener("pointerdown", closeOthers);
   document.addEventListener("focusin", closeOthers);
   document.addEventListener("click", ({ target }) => {
