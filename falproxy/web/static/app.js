@@ -224,6 +224,13 @@ function currentSettings() {
 
 byId("copy-form-code").addEventListener("click", () => openCode(currentSettings()));
 byId("share-form").addEventListener("click", () => share(currentSettings()));
+byId("show-examples").addEventListener("click", () => {
+  resultView.showWelcome();
+  history.markCurrent(null);
+  closeSheet();
+  byId("welcome").scrollIntoView({ block: "nearest" });
+  byId("examples").querySelector("button").focus({ preventScroll: true });
+});
 form.addEventListener("invalid", openSheet);
 form.addEventListener("change", () => {
   draft.save();

@@ -82,15 +82,39 @@ export function showExamples(form) {
 }
 
 async function fillForm(form, name, prompt) {
-  const takesImage = form.task === "edit" && form.images.inputs.length > 0;
-  await form.fill({ prompt, options: {} });
-  if (takesImage) {
-    await form.images.setValues([
-      { name: form.images.inputs[0].name, images: [{ file: await rasterize(name) }] },
-    ]);
-  }
+  const imageInputs = await exampleInputs(form, name);
+  await form.fill({ prompt, options: {}, ...(imageInputs.length > 0 && { imageInputs }) });
   openSheet();
   byId("submit").focus({ preventScroll: window.matchMedia("(min-width: 768px)").matches });
+}
+
+/** Return an image for each input that the model needs, or for the first one of an edit. */
+async function exampleInputs({ task, images }, name) {
+  const required = images.inputs.filter(({ isRequired }) => isRequired);
+  const filled = required.length > 0 || task !== "edit" ? required : images.inputs.slice(0, 1);
+  const names = EXAMPLES.create.map(([each]) => each);
+  const first = names.indexOf(name);
+  return Promise.all(
+    filled.map(async ({ name: inputName, isMask }, index) => ({
+      name: inputName,
+      images: [
+        {
+          file: isMask ? await drawMask() : await rasterize(names[(first + index) % names.length]),
+        },
+      ],
+    })),
+  );
+}
+
+/** A mask of the middle of an example. @returns {Promise<File>} */
+async function drawMask() {
+  const canvas = el("canvas", { width: WIDTH, height: HEIGHT });
+  const context = canvas.getContext("2d");
+  context.fillRect(0, 0, WIDTH, HEIGHT);
+  context.fillStyle = "#fff";
+  context.ellipse(WIDTH / 2, HEIGHT / 2, WIDTH / 4, HEIGHT / 4, 0, 0, 2 * Math.PI);
+  context.fill();
+  return new File([await encodeCanvas(canvas, "image/png")], "mask.png", { type: "image/png" });
 }
 
 /** Draw an example: always the same bytes, so that a second try is a cache hit. @returns {Promise<File>} */

@@ -86,6 +86,22 @@ export class FormImages {
     await this.#addTo(this.#target(), [image]);
   }
 
+  /**
+   * Show a problem at each input that needs an image and has none. Return those inputs.
+   *
+   * @param {{label: string, onclick: () => void} | null} offer what to do without an image
+   */
+  validate(offer) {
+    const missing = this.#inputs.filter(
+      ({ isRequired, images }) => isRequired && images.length === 0,
+    );
+    for (const input of missing) {
+      const subject = input.isMask ? "a mask: draw one, or choose a file" : "an image: choose one";
+      input.showProblem(`This model needs ${subject}.`, input === missing[0] ? offer : null);
+    }
+    return missing;
+  }
+
   async #addTo(target, images) {
     if (target === undefined) {
       await this.#onMissingInput();

@@ -113,9 +113,19 @@ export class ImageInput {
     return true;
   }
 
-  /** Show a problem, or remove it if the text is empty. @param {string} text */
-  showProblem(text) {
+  /**
+   * Show a problem, or remove it if the text is empty.
+   *
+   * @param {string} text
+   * @param {{label: string, onclick: () => void} | null} [offer] a way out, shown as a button
+   */
+  showProblem(text, offer = null) {
     this.#problem.textContent = text;
+    if (offer !== null) {
+      const { label, onclick } = offer;
+      const props = { type: "button", className: "link-button", onclick };
+      this.#problem.append(" ", el("button", props, label));
+    }
     this.element.classList.toggle("is-invalid", text !== "");
   }
 

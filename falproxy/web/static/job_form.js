@@ -47,7 +47,7 @@ export class JobForm extends EventTarget {
     this.onSubmit = onSubmit;
     this.images = new FormImages({
       onChange: () => this.#handleChange(),
-      onMissingInput: () => this.#selectModelWithImages(),
+      onMissingInput: () => this.setTask("edit"),
     });
     byId("shortcut").textContent = isMac ? "⌘ ↵" : "Ctrl ↵";
     this.form.addEventListener("submit", (event) => this.#handleSubmit(event));
@@ -181,8 +181,12 @@ export class JobForm extends EventTarget {
     byId("model").focus();
   }
 
-  async #selectModelWithImages() {
-    await this.setTask("edit");
+  #offerWithoutImages() {
+    const isPossible = this.#task !== "create" && this.tasks.includes("create");
+    const onclick = () => this.setTask("create").then(() => this.submit());
+    return isPossible && this.prompt.value.trim() !== ""
+      ? { label: "Create one from the prompt alone", onclick }
+      : null;
   }
 
   #renderControls({ fields }, defaults) {
@@ -272,13 +276,7 @@ export class JobForm extends EventTarget {
 
   /** Show the problems and focus the first invalid input. Return whether there is none. */
   #validate() {
-    const invalid = [];
-    for (const input of this.images.inputs) {
-      if (input.isRequired && input.images.length === 0) {
-        input.showProblem("This model needs an image: choose one.");
-        invalid.push(input);
-      }
-    }
+    const invalid = this.images.validate(this.#offerWithoutImages());
     const isPromptMissing = this.#inputs.isPromptRequired && this.prompt.value.trim() === "";
     byId("prompt-problem").textContent = isPromptMissing ? "Write a prompt first." : "";
     this.prompt.setAttribute("aria-invalid", String(isPromptMissing));

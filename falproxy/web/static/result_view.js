@@ -15,6 +15,7 @@ export class ResultView {
   #job = null;
   #index = null; // of the shown image; null: all in a grid
   #placeholder = null;
+  #showsWelcome = false; // the user has asked for it: progress does not replace it
   #urls = []; // blob URLs to revoke
 
   /** @param {object} actions see result_actions.js; each is called with the job and the index of the image */
@@ -31,7 +32,13 @@ export class ResultView {
   }
 
   get isEmpty() {
-    return this.#job === null;
+    return this.#job === null && !this.#showsWelcome;
+  }
+
+  /** Show the examples until there is another result. */
+  showWelcome() {
+    this.clear();
+    this.#showsWelcome = true;
   }
 
   /** @param {import("./jobs.js").Job} job */
@@ -71,6 +78,7 @@ export class ResultView {
   }
 
   #show(...content) {
+    this.#showsWelcome = false;
     byId("welcome").hidden = true;
     byId("result").hidden = false;
     byId("result").replaceChildren(...content);
