@@ -153,8 +153,8 @@ export class JobHistory {
       item.image,
       job.images.length > 1 &&
         el("span", { className: "count-badge", "aria-hidden": "true" }, `${job.images.length}`),
-      el("span", { className: "small tile-name" }, name),
-      el("span", { className: "muted tile-fact" }, `${job.model} · ${shortDateOf(job)}`),
+      el("span", { className: "small tile-name", dir: "auto" }, name),
+      el("span", { className: "muted tile-fact" }, `${shortDateOf(job)} · ${job.model}`),
     );
     const deleteProps = {
       type: "button",

@@ -102,7 +102,7 @@ class JobRow {
     this.logToggle.onclick = () => {
       this.log.hidden = !this.log.hidden;
       this.logToggle.setAttribute("aria-expanded", String(!this.log.hidden));
-      this.log.scrollTop = this.log.scrollHeight;
+      this.#scrollLog();
     };
     this.info = el("p", { className: "job-info small" });
     this.problem = el("p", { className: "job-problem small", role: "alert", hidden: true });
@@ -139,7 +139,7 @@ class JobRow {
         "div",
         { className: "job-line" },
         el("span", { className: "dot", "aria-hidden": "true" }),
-        el("span", { className: "job-prompt", title: `${name}\n${job.model}` }, name),
+        el("span", { className: "job-prompt", dir: "auto", title: `${name}\n${job.model}` }, name),
         this.problem,
         this.state,
         this.clock,
@@ -210,8 +210,15 @@ class JobRow {
     if (shown.join("\n") !== this.renderedLog) {
       this.renderedLog = shown.join("\n");
       this.log.replaceChildren(...shown.map((line) => el("li", {}, line)));
-      this.log.scrollTop = this.log.scrollHeight;
+      this.#scrollLog();
     }
+  }
+
+  /** Show the newest lines of a running job, and an error from its beginning. */
+  #scrollLog() {
+    const count = (this.job.lines ?? []).slice(-LOG_LINES_MAX).length;
+    const first = this.job.problem ? this.log.children[count] : null;
+    this.log.scrollTop = first ? first.offsetTop - this.log.offsetTop : this.log.scrollHeight;
   }
 
   #renderProblem({ problem }) {

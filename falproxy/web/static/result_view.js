@@ -265,7 +265,11 @@ export class ResultView {
   }
 
   #promptText(prompt) {
-    const paragraph = el("p", { className: "result-prompt" }, prompt.slice(0, PROMPT_MAX));
+    const paragraph = el(
+      "p",
+      { className: "result-prompt", dir: "auto" },
+      prompt.slice(0, PROMPT_MAX),
+    );
     if (prompt.length > PROMPT_MAX) {
       const more = () => paragraph.replaceChildren(prompt);
       paragraph.append(
