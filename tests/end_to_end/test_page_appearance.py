@@ -94,6 +94,34 @@ async def test_a_result_with_menus_sheet_and_notices(visitor: Visitor, tmp_path:
     assert flaws == []
 
 
+async def test_running_and_failed_jobs_without_a_result(visitor: Visitor) -> None:
+    await visitor.submit_job("!error 500 internal_server_error", FLUX)
+    await visitor.wait_until(ERRORS_SHOWN, 1)
+    top = "() => document.querySelector('.job').getBoundingClientRect().top"
+    flaws = await visitor.find_flaws("first-failed")
+    await visitor.act("resize", width=360)
+    assert (
+        await visitor.evaluate(
+            f"() => ({top})() - document.querySelector('#results').getBoundingClientRect().top"
+        )
+        < 40
+    )
+    await visitor.act("resize", width=1440)
+    await visitor.click("Dismiss")
+    for number in range(3):
+        await visitor.submit_job(f"!delay 60 {LONG_WORD} {number}", FLUX)
+    await visitor.wait_for(".log-toggle:visible")
+    await visitor.act("click", selector=".log-toggle:visible")
+    flaws += await visitor.find_flaws("running-with-log")
+    for _ in range(3):
+        await visitor.act("click", selector="[aria-label^=Cancel]:enabled:visible")
+    await visitor.wait_until(
+        """() => [...document.querySelectorAll(".job")]
+          .every(({ dataset }) => dataset.state === "cancelled")"""
+    )
+    assert flaws == []
+
+
 async def test_long_words_other_scripts_and_a_long_error(
     visitor: Visitor, proxy: RestartableProxy
 ) -> None:
