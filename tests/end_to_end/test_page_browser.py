@@ -402,6 +402,11 @@ async def test_cancelling_a_job_cancels_it_at_fal(
     cancels = [seen for seen in proxy.sandbox.seen if seen.path.endswith("/cancel")]
     assert [(seen.method, seen.status) for seen in cancels] == [("PUT", 202)]
     assert proxy.sandbox.jobs == 0
+    ended = f"""async () => {{
+      const {{ calls }} = await (await fetch("{proxy.base}api/usage/calls")).json();
+      return calls[0]?.status === 499 && !calls[0].is_running;
+    }}"""
+    await visitor.wait_until(ended)  # not for ever "running" on the dashboard
     await visitor.check_appearance("cancelled")
     await visitor.click("Edit and rerun")
     assert await visitor.act("values", selector="#prompt") == ["!delay 60 a lighthouse"]

@@ -47,15 +47,15 @@ function pollInterval(job) {
 
 async function completedState(status, poller, job) {
   const hasFailed = Boolean(status.error) || Boolean(status.error_type);
-  if (status.error_type === "client_cancelled") {
-    return { state: "cancelled" };
-  }
+  // Also that of a cancelled job: with it, the proxy records the end of the job and its cost.
   const result = await poller.requestWithRetries(
     () => fetchResult(job.endpoint, job.requestId),
     hasFailed,
   );
   if (result instanceof ResponseError) {
-    const isCancelled = result.status === 499 || result.document?.error_type === "client_cancelled";
+    const isCancelled =
+      result.status === 499 ||
+      [status.error_type, result.document?.error_type].includes("client_cancelled");
     return isCancelled ? { state: "cancelled" } : failedState(result);
   }
   const images = resultImages(result);
