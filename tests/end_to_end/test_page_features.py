@@ -423,9 +423,16 @@ async def test_a_declined_key_dialog_does_not_come_back_by_itself(
         await visitor.wait_for("html[data-ready]")
         assert await visitor.act("count", selector="#access-dialog") == 0
         await visitor.click("Enter key")
+        await visitor.act("fill", label="Your key", text="wrong")
+        await visitor.act("press", key="Enter")
+        await visitor.wait_for_text("#access-reason", "This access key is not valid")
+        assert "wrong" not in await visitor.evaluate("() => JSON.stringify({ ...sessionStorage })")
         await visitor.act("fill", label="Your key", text="open sesame")
         await visitor.act("press", key="Enter")
         await visitor.wait_for_text("#proxy-status", "Forget key")
+        # Now the models of the proxy are known.
+        await visitor.wait_for("#job-form[data-endpoint='fal-ai/flux/schnell']")
+        assert await visitor.texts(".tasks a") == ["Create", "Edit", "Animate", "Speak"]
 
 
 async def test_on_a_phone_the_form_becomes_a_sheet(driver: Driver, proxy: RestartableProxy) -> None:

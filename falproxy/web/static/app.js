@@ -1,5 +1,5 @@
 /** Entry point of the page: creates its parts and connects them. */
-import { allowPrompt } from "./access_key.js";
+import { allowPrompt, getAccessKey } from "./access_key.js";
 import { estimateUsd } from "./costs.js";
 import { byId, el, randomId, safeUrl } from "./dom.js";
 import { showExamples } from "./examples.js";
@@ -281,4 +281,13 @@ for (const job of runningJobs) {
 form.setModels(await loadModels());
 await fillAtStart();
 window.addEventListener("hashchange", () => applyLink(parseFragment(location.hash)));
+// A key that was entered later: it is checked, and the models are those of its caller.
+window.addEventListener("falproxy:key", async () => {
+  if (getAccessKey() !== null) {
+    form.setModels(await loadModels());
+    if (byId("prompt").value === "" && form.tasks.includes("create")) {
+      await form.setTask("create");
+    }
+  }
+});
 document.documentElement.dataset.ready = "yes";

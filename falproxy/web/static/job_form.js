@@ -63,6 +63,7 @@ export class JobForm extends EventTarget {
   /** @param {import("./models.js").Model[]} models those of the proxy's list */
   setModels(models) {
     this.#models = models;
+    renderTasks(this.tasks, this.#task);
   }
 
   /** The tasks that at least one model of the list serves. */

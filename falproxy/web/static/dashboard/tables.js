@@ -13,6 +13,7 @@ const TOTALS = [
   ["fal.ai", (row) => formatDuration(row.upstream_seconds)],
   ["falproxy", (row) => formatDuration(row.own_seconds)],
 ];
+const OPERATION_NAMES = { "": "all", none: "without a call to fal", other: "other calls" };
 const PERCENTILES = [
   ["50 %", "p50"],
   ["95 %", "p95"],
@@ -140,7 +141,7 @@ function showLatency(live) {
   const lines = live.own_seconds.map((own) => {
     const fal = upstream.get(own.operation);
     return [
-      el("th", { scope: "row" }, own.operation.replace("_", " ") || "all"),
+      el("th", { scope: "row" }, OPERATION_NAMES[own.operation] ?? own.operation.replace("_", " ")),
       el("td", {}, formatCount(own.count)),
       ...PERCENTILES.map(([, name]) => el("td", {}, fal ? formatDuration(fal[name]) : NONE)),
       ...PERCENTILES.map(([, name]) => el("td", {}, formatDuration(own[name]))),
