@@ -149,6 +149,10 @@ async def test_a_history_of_1000_entries(driver: Driver, proxy: RestartableProxy
         await visitor.evaluate(FILL_HISTORY, 1000)
         await visitor.act("reload")
         assert await visitor.find_flaws("history-1000") == []
+        await visitor.act("resize", width=768)
+        rows = """() => new Set([...document.querySelectorAll('.thumbnails li')]
+          .map((tile) => tile.getBoundingClientRect().top)).size"""
+        assert await visitor.evaluate(rows) == 1, "a strip on tablets"
 
 
 async def test_a_locked_page_without_a_key(driver: Driver, tmp_path: Path) -> None:

@@ -548,6 +548,18 @@ async def test_errors_are_explained(visitor: Visitor, prompt: str, words: str) -
         await visitor.check_appearance("error")
 
 
+async def test_the_last_lines_of_the_log_are_shown(visitor: Visitor) -> None:
+    last = '{"status": "COMPLETED", "error": "it broke", "logs": [{"message": "the last line"}]}'
+    await visitor.act(
+        "intercept", pattern="**/api/fal/proxy", method="GET", target="/status",
+        status=200, body=last, times=9,
+    )  # fmt: skip
+    await visitor.submit_job("!error 500 internal_server_error", "fal-ai/flux/dev")
+    await visitor.wait_for_text(".job [role=alert]", "fal has a problem")
+    await visitor.click("Details")
+    await visitor.wait_for_text(".log", "the last line")
+
+
 async def test_only_allowed_models_are_offered(driver: Driver, tmp_path: Path) -> None:
     async with (
         open_proxy(tmp_path / "data", allowed_endpoints=("fal-ai/flux/dev",)) as proxy,

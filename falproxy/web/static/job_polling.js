@@ -27,6 +27,7 @@ export async function pollUntilEnded(job, jobs) {
     if (status instanceof ResponseError) {
       return job.isCancelling ? { state: "cancelled" } : failedState(status);
     }
+    poller.applyLog(status);
     if (status.status === "COMPLETED") {
       return completedState(status, poller, job);
     }
@@ -131,11 +132,17 @@ class JobPoller {
     }
   }
 
-  async applyStatus(status) {
+  /** Show the log so far, also that of the last status. */
+  applyLog(status) {
     const lines = logLines(status.logs);
+    if (lines.length > 0) {
+      this.jobs.showChanges(this.job, { lines });
+    }
+  }
+
+  async applyStatus(status) {
     const state = status.status === "IN_PROGRESS" ? "running" : "queued";
     const position = Number.isInteger(status.queue_position) ? status.queue_position : null;
-    this.jobs.showChanges(this.job, { lines: lines.length > 0 ? lines : this.job.lines });
     if (state !== this.job.state || position !== this.job.position) {
       await this.jobs.saveChanges(this.job, { state, position });
     }
