@@ -34,8 +34,10 @@ from falproxy.web.openapi.schemas import component_schemas
 from tests.support.running_proxy import RunningProxy, open_running_proxy
 
 DIALECT = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
-# The document itself, and the web pages.
-NOT_DESCRIBED = re.compile(r"/openapi\.json|/docs(/.*)?|/|/dashboard|/web/.*")
+# The document itself, and the web pages with their files.
+NOT_DESCRIBED = re.compile(
+    r"/openapi\.json|/docs(/.*)?|/|/dashboard|/web/.*|/favicon\.ico|/robots\.txt"
+)
 # All checks of responses, and that invalid requests are refused.
 CHECKS = (
     "not_a_server_error", "status_code_conformance", "content_type_conformance",
