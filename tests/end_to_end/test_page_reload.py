@@ -54,6 +54,35 @@ STORE_JOBS = """async (states) => {
 }"""
 
 
+# Stores a form with images of these sizes for each tab, where 1000 bytes are allowed; returns the
+# sizes of the images that are stored.
+STORE_DRAFTS = """async (tabs) => {
+  const { FormDraft } = await import('/web/form_draft.js');
+  const { openDatabase, runTransaction } = await import('/web/database.js');
+  const db = await openDatabase();
+  const read = () => runTransaction(db, 'drafts', 'readonly', (store) => store.getAll());
+  const counts = [];
+  for (const sizes of tabs) {
+    sessionStorage.clear();
+    const all = sizes.map((size, index) => ({
+      name: 'image_urls', isMask: false,
+      image: { file: new File([new Uint8Array(size)], `${index}.png`) },
+    }));
+    const model = { endpoint: 'fal-ai/flux/dev', task: 'create' };
+    const form = { request: { model, prompt: '', options: {} }, images: { all } };
+    new FormDraft(form, db, 1000).start();
+    let drafts = [];
+    while (!drafts.some(({ updated }) => !counts.includes(updated))) {
+      await new Promise((resolve) => setTimeout(resolve, 5));
+      drafts = await read();
+    }
+    counts.push(...drafts.map(({ updated }) => updated));
+  }
+  const drafts = (await read()).sort((one, other) => one.updated - other.updated);
+  return drafts.map(({ images }) => images.map(({ image }) => image.file.size));
+}"""
+
+
 async def add_image(visitor: Visitor, path: Path) -> None:
     await visitor.act("setFiles", paths=[str(path)])
     await visitor.wait_for_text(".chosen-images", path.name)
@@ -205,3 +234,20 @@ async def test_the_stored_images_of_all_jobs_have_a_limit(
     async with driver.visit(proxy.base) as visitor:
         await visitor.act("gotoWithoutWaiting", url=f"{proxy.base}dashboard")
         assert await visitor.evaluate(STORE_JOBS, states) == expected
+
+
+@pytest.mark.parametrize(
+    ("tabs", "expected"),
+    [
+        pytest.param([[400], [500]], [[400], [500]], id="with room"),
+        pytest.param([[400], [500], [300]], [[500], [300]], id="the oldest tab first"),
+        pytest.param([[400, 700, 300]], [[400, 300]], id="more than there is room for"),
+        pytest.param([[n] for n in range(1, 11)], [[n] for n in range(3, 11)], id="many tabs"),
+    ],
+)
+async def test_the_stored_images_of_all_forms_have_a_limit(
+    driver: Driver, proxy: RestartableProxy, tabs: list[list[int]], expected: list[list[int]]
+) -> None:
+    async with driver.visit(proxy.base) as visitor:
+        await visitor.act("gotoWithoutWaiting", url=f"{proxy.base}dashboard")
+        assert await visitor.evaluate(STORE_DRAFTS, tabs) == expected

@@ -18,15 +18,17 @@ const TABS_MAX = 8; // whose images are stored
 export class FormDraft {
   #form;
   #db;
+  #bytesMax;
   #id = randomId();
   #isStarted = false;
   #images = []; // those that are stored
   #writing = Promise.resolve();
 
   /** @param {import("./job_form.js").JobForm} form @param {IDBDatabase | null} db */
-  constructor(form, db) {
+  constructor(form, db, bytesMax = BYTES_MAX) {
     this.#form = form;
     this.#db = db;
+    this.#bytesMax = bytesMax;
   }
 
   /** Fill the form with what is stored. Return false if that is nothing. */
@@ -92,7 +94,7 @@ export class FormDraft {
     let bytes = 0;
     for (const entry of this.#images) {
       const size = bytesOf(entry.image);
-      if (bytes + size <= BYTES_MAX) {
+      if (bytes + size <= this.#bytesMax) {
         images.push(entry);
         bytes += size;
       }
@@ -100,7 +102,8 @@ export class FormDraft {
     const record = { id: this.#id, updated: Date.now(), bytes, images };
     for (const stored of [record, { ...record, bytes: 0, images: [] }]) {
       try {
-        await runTransaction(this.#db, DRAFTS, "readwrite", (store) => replace(store, stored));
+        const replaceDraft = (store) => replace(store, stored, this.#bytesMax);
+        await runTransaction(this.#db, DRAFTS, "readwrite", replaceDraft);
         return;
       } catch {
         // There is no space for the images: those of an earlier version of the form are removed.
@@ -110,7 +113,7 @@ export class FormDraft {
 }
 
 /** Store a draft, and remove old ones of other tabs that have no room beside it. */
-function replace(store, record) {
+function replace(store, record, bytesMax) {
   const request = store.getAll();
   request.onsuccess = () => {
     let { bytes } = record;
@@ -119,7 +122,7 @@ function replace(store, record) {
       .sort((one, other) => other.updated - one.updated)
       .forEach((other, index) => {
         bytes += other.bytes;
-        if (bytes > BYTES_MAX || index + 1 >= TABS_MAX) {
+        if (bytes > bytesMax || index + 1 >= TABS_MAX) {
           store.delete(other.id);
         }
       });
