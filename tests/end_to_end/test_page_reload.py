@@ -232,7 +232,7 @@ async def test_the_stored_images_of_all_jobs_have_a_limit(
     driver: Driver, proxy: RestartableProxy, states: list[str], expected: list[int]
 ) -> None:
     async with driver.visit(proxy.base) as visitor:
-        await visitor.act("gotoWithoutWaiting", url=f"{proxy.base}dashboard")
+        await visitor.open_page()
         assert await visitor.evaluate(STORE_JOBS, states) == expected
 
 
@@ -249,5 +249,5 @@ async def test_the_stored_images_of_all_forms_have_a_limit(
     driver: Driver, proxy: RestartableProxy, tabs: list[list[int]], expected: list[list[int]]
 ) -> None:
     async with driver.visit(proxy.base) as visitor:
-        await visitor.act("gotoWithoutWaiting", url=f"{proxy.base}dashboard")
+        await visitor.open_page()
         assert await visitor.evaluate(STORE_DRAFTS, tabs) == expected

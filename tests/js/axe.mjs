@@ -27,10 +27,9 @@ async function settle() {
   const frame = () => new Promise((resolve) => requestAnimationFrame(resolve));
   await frame();
   await frame();
-  await Promise.all(
-    document
-      .getAnimations()
-      .filter((animation) => animation.effect.getComputedTiming().endTime !== Infinity)
-      .map((animation) => animation.finished.catch(() => null)),
-  );
+  // An inherited color may begin its transition when that of the parent has ended.
+  const isEnding = ({ effect }) => effect.getComputedTiming().endTime !== Infinity;
+  for (let frames = 0; frames < 100 && document.getAnimations().some(isEnding); frames += 1) {
+    await frame();
+  }
 }
