@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Protocol, TypeVar
 
 from falproxy.shared_tasks import SharedTasks
@@ -83,6 +84,8 @@ class ConnectionSlot:
         self._timeout = timeout
         self._lock = asyncio.Lock()
         self._connection: DbConnection | None = None
+        self._running: DbConnection | None = None  # of the operation in progress
+        self._closings = 0  # calls of `close`
 
     def __repr__(self) -> str:
         state = "closed" if self._connection is None else "open"
@@ -97,15 +100,24 @@ class ConnectionSlot:
             raise LedgerError("the ledger did not respond in time") from error
 
     async def _run(self, work: Callable[[DbConnection], Awaitable[ReturnT]]) -> ReturnT:
+        closings = self._closings
         connection = self._connection or await self._connect()
+        if self._closings != closings:
+            connection.terminate()
+            raise LedgerError("the ledger is closed")
         # A connection is used again only after success: cancellation may interrupt a transaction.
-        self._connection = None
+        self._connection, self._running = None, connection
         try:
             result = await work(connection)
         except BaseException:
             connection.terminate()
             raise
-        self._connection = connection
+        finally:
+            self._running = None
+        if self._closings == closings:
+            self._connection = connection
+        else:
+            connection.terminate()
         return result
 
     def discard(self) -> None:
@@ -115,6 +127,17 @@ class ConnectionSlot:
             connection.terminate()
 
     async def close(self) -> None:
+        """Close the connection. An operation in progress has `CLOSE_TIMEOUT` seconds to end."""
+        self._closings += 1
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_TIMEOUT), self._lock:
+                pass
+        if self._running is not None:
+            self._running.terminate()
+        await self.close_idle()
+
+    async def close_idle(self) -> None:
+        """Close the connection, unless an operation uses it."""
         connection, self._connection = self._connection, None
         if connection is None:
             return
@@ -176,19 +199,18 @@ class LedgerDatabase:
         if self._is_migrated:
             return True
         exists = await self._reader.run(self._has_schema)
-        await self._reader.close()  # it is not needed for short operations
+        await self._reader.close_idle()  # it is not needed for short operations
         return exists
 
     async def disconnect(self) -> None:
         """Close the connections that are not in use. A later operation opens them again."""
-        await self._writer.close()
-        await self._reader.close()
+        await self._writer.close_idle()
+        await self._reader.close_idle()
 
     async def close(self) -> None:
         """Close the connections, and cancel a migration. A later operation opens them again."""
         await self._migrations.close()
-        await self._writer.close()
-        await self._reader.close()
+        await asyncio.gather(self._writer.close(), self._reader.close())
         await self._factory.wait_terminated()
 
     async def _connect_and_migrate(self) -> DbConnection:
