@@ -63,7 +63,7 @@ ACCESS_KEY = "x-falproxy-key"
 ACCESS_KEY_METHOD = "key"  # name of the authentication method
 BEARER = "Authorization: Bearer"
 SCHEMES = ("bearer ", "key ")
-NOT_VALID = "The access key or token of this request is not valid here."
+NOT_VALID = "The credential of this request is not valid here."
 TOKEN_BODY_MAX = 64 * 1024
 # Seconds that a token may live; the value that fal's own client requests.
 TOKEN_LIFETIME = 120

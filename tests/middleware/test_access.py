@@ -95,7 +95,7 @@ async def test_a_wrong_key_has_another_sentence_than_none(locked: Gateway) -> No
     message = (await none.json())["message"]
     assert message.startswith("Send an access key")
     assert (await wrong.json())["message"] == (
-        f"The access key or token of this request is not valid here. {message}"
+        f"The credential of this request is not valid here. {message}"
     )
 
 

@@ -329,7 +329,8 @@ async def test_a_worker_that_does_not_stop_is_killed(env: dict[str, str]) -> Non
 async def test_workers_stop_when_the_supervisor_dies(env: dict[str, str], fal: FakeFal) -> None:
     release = asyncio.Event()
     fal.respond = held_until(release)
-    async with serving(env) as proxy, ClientSession() as session:
+    drain = {"FALPROXY_DRAIN": "60"}  # longer than the start of another proxy
+    async with serving(env | drain) as proxy, ClientSession() as session:
         workers = worker_pids(proxy)
         call = asyncio.ensure_future(run(session, proxy))
         await until(lambda: fal.seen)

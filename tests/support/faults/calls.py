@@ -36,6 +36,7 @@ KINDS = (
 )
 # A keyed call whose outcome is known to be unknown, or that was refused: its client gives up.
 FINAL = ("outcome_unknown",)
+LOST_RESPONSE, LOSSES_MAX = "upstream_broken", 10
 
 
 @dataclass(slots=True)
@@ -159,9 +160,11 @@ class Clients:
     async def _post(self, job: Job, target: str, body: object) -> Response:
         """Send a call, with a key until its outcome is certain."""
         deadline = asyncio.get_running_loop().time() + CALL_TIMEOUT
+        losses = 0  # of fal's response, which the key remembers
         while True:
             response = await self._request(job, "POST", target, body)
-            is_over = asyncio.get_running_loop().time() > deadline
+            losses += LOST_RESPONSE in response.error
+            is_over = asyncio.get_running_loop().time() > deadline or losses > LOSSES_MAX
             if job.key is None or response.is_success or is_over:
                 return response
             if response.status not in (0, *REPEATED) or any(
