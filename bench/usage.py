@@ -112,6 +112,7 @@ async def main() -> int:
             started = time.perf_counter()
             count, longest = await compute_sums(ledger)
             seconds = time.perf_counter() - started
+            await database.execute("ANALYZE")  # as a server does in the background
             write(f"sums of {count} periods: {seconds:.1f} s, at most {longest:.2f} s at once")
             for days in (*DAYS, 30.37):
                 if days <= options.days:

@@ -81,6 +81,10 @@ class PostgresConnection:
         self._connection.terminate()
 
 
+# The compilation of a report's query takes longer than the query. Servers without it have no row.
+DISABLE_JIT = "SELECT set_config('jit', 'off', false) FROM pg_settings WHERE name = 'jit'"
+
+
 class PostgresFactory:
     display_name = "The ledger of DATABASE_URL"
 
@@ -89,11 +93,7 @@ class PostgresFactory:
 
     async def connect(self) -> PostgresConnection:
         try:
-            # Poolers such as Supabase's may run each transaction on another connection, where
-            # the statements prepared before do not exist.
-            connection = await asyncpg.connect(
-                self._url, timeout=CONNECT_TIMEOUT, statement_cache_size=0
-            )
+            connection = await open_connection(self._url)
         except (*DATABASE_ERRORS, ValueError) as error:
             message = connect_error_message(error)
         else:
@@ -103,6 +103,18 @@ class PostgresFactory:
 
     async def wait_terminated(self) -> None:
         """Return immediately: `terminate` closes the socket."""
+
+
+async def open_connection(url: str) -> asyncpg.Connection:
+    # Poolers such as Supabase's may run each transaction on another connection, where the
+    # statements prepared before do not exist.
+    connection = await asyncpg.connect(url, timeout=CONNECT_TIMEOUT, statement_cache_size=0)
+    try:
+        await connection.execute(DISABLE_JIT, timeout=CONNECT_TIMEOUT)
+    except BaseException:
+        connection.terminate()
+        raise
+    return connection
 
 
 def postgres_ledger(url: str) -> SqlLedger:
