@@ -113,13 +113,14 @@ async def test_clients_that_open_a_connection_for_each_call_have_the_whole_delay
     env: dict[str, str], workers: str
 ) -> None:
     """As behind nginx: no readiness is asked, and there are moments without a connection."""
-    async with run_command("serve", "--workers", workers, **env) as proxy:
+    values = env | {"FALPROXY_STOP_DELAY": "4"}
+    async with run_command("serve", "--workers", workers, **values) as proxy:
         for _ in range(4):  # each worker has had one, most likely
             async with ClientSession() as session:
                 assert await call(session, proxy) == (200, None)
         async with stopping(proxy):
             for _ in range(4):
-                await asyncio.sleep(DELAY / 8)
+                await asyncio.sleep(0.1)
                 async with ClientSession() as session:
                     assert (await call(session, proxy))[0] == 200
 
