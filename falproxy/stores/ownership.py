@@ -133,9 +133,7 @@ class RequestOwnership:
         """
         if self._breaker is None:
             return await operation
-        if even_if_slow:
-            return await self._breaker.call_even_if_slow(operation)
-        return await self._breaker.call(operation)
+        return await self._breaker.call(operation, even_if_slow=even_if_slow)
 
     async def _is_store_complete(self, since: float) -> bool:
         if self._breaker is not None:

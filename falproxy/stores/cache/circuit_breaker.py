@@ -39,7 +39,7 @@ LAST_WRITE_TIMEOUT = 1.0  # seconds
 
 class StoreBreaker:
     """Runs operations of a store while it works. After a failure operations fail at once, until a
-    probe in the background succeeds. What only the store has is read with `call_even_if_slow`.
+    probe in the background succeeds. With `even_if_slow`, they run although the store is slow.
 
     A remote store is probed all the time, so that in most cases a probe, and not a call, finds the
     failure. Unlike in `falproxy.circuit_breaker`, no call is a probe, since a call would have to
@@ -63,7 +63,7 @@ class StoreBreaker:
         self._all_written_at = float("inf")
         self._slow_probes = 0
         self._is_open = False
-        self._is_slow = False  # it is open, and the last operation succeeded
+        self._is_slow = False  # while it is open: the last operation succeeded
         self._slow_writes: list[asyncio.Task[None]] = []
         self._state_log = StateLog(logger)
         self._trip_future: asyncio.Future[None] | None = None  # done when the breaker opens
@@ -86,8 +86,7 @@ class StoreBreaker:
     @property
     def is_complete(self) -> bool:
         """False while other processes may have entries in memory that are not in the store."""
-        is_usable = not self._is_open or self._is_slow
-        return is_usable and asyncio.get_running_loop().time() >= self._complete_at
+        return self._is_usable and asyncio.get_running_loop().time() >= self._complete_at
 
     def is_complete_since(self, time: float) -> bool:
         """Return whether the store is complete, and no process has had other entries since a time
@@ -105,7 +104,12 @@ class StoreBreaker:
         return self.is_complete_since(since)
 
     def _has_unwritten(self) -> bool:
-        return (self._is_open and not self._is_slow) or self._holds_unwritten()
+        return not self._is_usable or self._holds_unwritten()
+
+    @property
+    def _is_usable(self) -> bool:
+        """False while the store is skipped by all calls."""
+        return not self._is_open or self._is_slow
 
     def _holds_unwritten(self) -> bool:
         return any(count() for count in self.unwritten_counts)
@@ -144,46 +148,30 @@ class StoreBreaker:
             async with asyncio.timeout(LAST_WRITE_TIMEOUT):
                 await asyncio.gather(*(write() for write in self.on_recovered))
 
-    async def call(self, operation: Coroutine[object, object, T]) -> T:
+    async def call(
+        self, operation: Coroutine[object, object, T], *, even_if_slow: bool = False
+    ) -> T:
         """Return the result of a store operation.
 
         All waiting calls fail as soon as the breaker opens. Their operations are cancelled but not
         awaited: the client library of a store may need time to react to a cancellation.
+
+        even_if_slow: also while the store is skipped because it is slow.
         Raises: StoreError.
         """
-        if self._is_open:
+        if self._is_open and not (even_if_slow and self._is_slow):
             operation.close()
             raise StoreError("the store is being skipped")
         task = self._start_task(operation)
-        self._deadlines[task] = self._responsive_seconds + CALL_TIMEOUT
-        if self._timer is None:
-            self._start_timer()
         try:
-            await asyncio.wait((task, self._tripped()), return_when=asyncio.FIRST_COMPLETED)
+            if self._is_open:
+                await wait_while_responsive((task,), CALL_TIMEOUT, PROBE_PARTS)
+            else:
+                await self._wait_until_open(task)
         finally:
-            del self._deadlines[task]
-            if not task.done():
+            if not (is_done := task.done()):
                 task.cancel()
-        return self._result_of(task)
-
-    async def call_even_if_slow(self, operation: Coroutine[object, object, T]) -> T:
-        """Return the result of a store operation, also while the store is skipped for being slow.
-
-        Raises: StoreError.
-        """
-        if not (self._is_open and self._is_slow):
-            return await self.call(operation)
-        task = self._start_task(operation)
-        try:
-            await wait_while_responsive((task,), CALL_TIMEOUT, PROBE_PARTS)
-        finally:
-            if not task.done():
-                task.cancel()
-        return self._result_of(task)
-
-    def _result_of(self, task: asyncio.Task[T]) -> T:
-        """Return the result of an operation that has ended or was just cancelled."""
-        if not task.done():
+        if not is_done:
             self._is_slow = False
             raise StoreError("the store did not respond in time")
         try:
@@ -197,6 +185,16 @@ class StoreBreaker:
             logger.exception("The result cache failed inside the proxy")
             self._trip(error)
             raise StoreError("the store failed") from error
+
+    async def _wait_until_open(self, task: asyncio.Task[T]) -> None:
+        """Wait for the end of an operation, or until the breaker opens."""
+        self._deadlines[task] = self._responsive_seconds + CALL_TIMEOUT
+        if self._timer is None:
+            self._start_timer()
+        try:
+            await asyncio.wait((task, self._tripped()), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            del self._deadlines[task]
 
     def _start_timer(self) -> None:
         loop = asyncio.get_running_loop()

@@ -89,9 +89,9 @@ class VirtualRequests:
 
         even_if_slow: also while the store is skipped for being slow.
         """
-        call = self._breaker.call_even_if_slow if even_if_slow else self._breaker.call
+        put = self._breaker.store.put_virtual_request(request_id, virtual_request)
         try:
-            await call(self._breaker.store.put_virtual_request(request_id, virtual_request))
+            await self._breaker.call(put, even_if_slow=even_if_slow)
         except StoreError:
             with suppress(ValueError):  # larger than the whole cache
                 self._unwritten[request_id] = virtual_request
@@ -157,9 +157,9 @@ class VirtualRequests:
         entry = self._recent.get(request_id)
         if entry is not None and (request_id in self._results or self._is_fresh(entry[1])):
             return entry[0]
-        call = self._breaker.call_even_if_slow if entry is None else self._breaker.call
+        read = self._breaker.store.get_virtual_request(request_id)
         try:
-            stored = await call(self._breaker.store.get_virtual_request(request_id))
+            stored = await self._breaker.call(read, even_if_slow=entry is None)
         except StoreError:
             if entry is None:
                 raise

@@ -119,7 +119,7 @@ async def test_a_slow_store_is_used_where_it_is_needed_only() -> None:
         await wait_until(lambda: breaker.is_open)
         with pytest.raises(StoreError, match="skipped"):
             await breaker.call(store.get_virtual_request("id"))
-        found = await breaker.call_even_if_slow(store.get_virtual_request("id"))
+        found = await breaker.call(store.get_virtual_request("id"), even_if_slow=True)
         assert found == VIRTUAL_REQUEST
         assert breaker.is_complete
 
@@ -139,7 +139,7 @@ async def test_a_store_that_does_not_work_is_skipped_by_all(failure: str) -> Non
             store.content = replace(CONTENT, id="another")
         await wait_until(lambda: not breaker.is_complete)
         with pytest.raises(StoreError, match="skipped"):
-            await breaker.call_even_if_slow(store.get("key"))
+            await breaker.call(store.get("key"), even_if_slow=True)
         store.error, store.delay = None, 0.0
         store.running.set()
         await wait_until(lambda: not breaker.is_open)
@@ -153,7 +153,7 @@ async def test_a_slow_store_that_hangs_is_an_error() -> None:
         await wait_until(lambda: breaker.is_complete and breaker.is_open)
         store.running.clear()
         with pytest.raises(StoreError):
-            await breaker.call_even_if_slow(store.get("key"))
+            await breaker.call(store.get("key"), even_if_slow=True)
         assert not breaker.is_complete
         store.running.set()
 
@@ -162,7 +162,7 @@ async def test_entries_in_memory_are_written_to_a_slow_store() -> None:
     store, unwritten, writes = FakeStore(is_remote=True, content=CONTENT), [1], []
 
     async def write() -> None:
-        writes.append(await breaker.call_even_if_slow(store.get_virtual_request("id")))
+        writes.append(await breaker.call(store.get_virtual_request("id"), even_if_slow=True))
         if len(writes) == 2:
             unwritten.clear()
 
