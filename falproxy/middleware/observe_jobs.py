@@ -7,7 +7,7 @@ from falproxy.fal.target import Operation
 from falproxy.job_times import JobTimes
 from falproxy.proxy.call import CALL
 from falproxy.proxy.forward import RelayedResponse
-from falproxy.proxy.head_only import any_request_id, head_only
+from falproxy.proxy.head_only import any_request_id
 
 # fal responds with 202 to a poll of a job that has not ended (fal-api.md, 2.2).
 COMPLETED_STATUS = 200
@@ -18,7 +18,6 @@ def observe_jobs(job_times: JobTimes) -> Middleware:
     """Middleware of status polls. The fast path does the same itself (`in_flight.py`)."""
 
     @any_request_id
-    @head_only
     @web.middleware
     async def observe_jobs_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         response = await handler(request)

@@ -162,9 +162,8 @@ class Connections:
         return not self.is_full or self._evict_idle(connection)
 
     def was_used_since(self, time: float) -> bool:
-        """Return whether a connection was opened, used or closed after a time."""
-        opened = time + self.limits.idle_timeout
-        used = (not each.is_idle or each.idle_since() > opened for each in self._open)
+        """Return whether a connection was used or closed after a time."""
+        used = (not each.is_idle or each.idle_since() > time for each in self._open)
         return self._closed_at > time or any(used)
 
     def has_unfinished_heads(self) -> bool:
@@ -197,7 +196,8 @@ class Connections:
             return False
         idle = [each for each in self._open if each.is_idle and each is not exempt]
         if not idle:
-            self._next_scan = (finished := exempt.loop.time()) + SCAN_SHARE * (finished - now)
+            finished = exempt.loop.time()
+            self._next_scan = finished + SCAN_SHARE * (finished - now)
             return False
         excess = max(len(self._open) - self.limit, self.limit // EVICTED_SHARE)
         for connection in heapq.nsmallest(excess, idle, key=LimitedProtocol.idle_since):
@@ -304,8 +304,8 @@ class LimitedProtocol(RequestHandler):
         return self._current_request or self._finishing
 
     def idle_since(self) -> float:
-        """Return when the last request ended, plus a constant."""
-        return self._next_keepalive_close_time
+        """Return when the last request ended."""
+        return self._next_keepalive_close_time - self.keepalive_timeout
 
     def adopt_handlers(self, server: Server) -> None:
         """Send later requests of an open connection to the application of a server."""

@@ -136,8 +136,10 @@ def split_tags(head: bytes) -> tuple[bytes, bytes | None]:
     not complete, or too large, is returned as it is."""
     if len(head) > TAGGED_HEAD_MAX or head.find(HEAD_END) != len(head) - len(HEAD_END):
         return head, None
-    tags = [tag for name, tag in TAG_LINE.findall(head) if name]
-    return TAG_LINE.sub(b"", head), tags[0].rstrip() if tags else None
+    if not (tags := TAG_LINE.findall(head)):
+        return head, None
+    client_id = next((value.rstrip() for name, value in tags if name), None)
+    return TAG_LINE.sub(b"", head), client_id
 
 
 def split_request(data: bytes) -> tuple[bytes, bytes]:

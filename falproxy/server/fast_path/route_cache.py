@@ -164,7 +164,7 @@ class RouteCache:
         head, _ = split_request(data)
         untagged = split_tags(head)[0] if self._takes_any_id else head
         if NEEDS_EVERY_REQUEST in request or not isinstance(response, RelayedResponse):
-            for each in (head, untagged):
+            for each in {head, untagged}:
                 self._remove_if_admitted(client, each)
             self._log_once(request.get(NEEDS_EVERY_REQUEST))
             return

@@ -20,6 +20,8 @@ from falproxy.stores.ledger.statements import LEDGER_SCHEMA
 
 SYSTEM = "postgresql"  # in traces
 CONNECT_TIMEOUT = 3.0  # seconds
+# The compilation of a report's query takes longer than the query. Servers without it have no row.
+DISABLE_JIT = "SELECT set_config('jit', 'off', false) FROM pg_settings WHERE name = 'jit'"
 # The time of the statement, the same for all rows that it writes.
 NOW = "CAST(extract(epoch FROM statement_timestamp()) * 1000 AS BIGINT)"
 INVALID_ROW_ERRORS = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, UnicodeError)
@@ -81,10 +83,6 @@ class PostgresConnection:
         self._connection.terminate()
 
 
-# The compilation of a report's query takes longer than the query. Servers without it have no row.
-DISABLE_JIT = "SELECT set_config('jit', 'off', false) FROM pg_settings WHERE name = 'jit'"
-
-
 class PostgresFactory:
     display_name = "The ledger of DATABASE_URL"
 
@@ -106,6 +104,7 @@ class PostgresFactory:
 
 
 async def open_connection(url: str) -> asyncpg.Connection:
+    """Return a connection for the statements of a ledger. Raises: DATABASE_ERRORS, ValueError."""
     # Poolers such as Supabase's may run each transaction on another connection, where the
     # statements prepared before do not exist.
     connection = await asyncpg.connect(url, timeout=CONNECT_TIMEOUT, statement_cache_size=0)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from falproxy.ids import new_id
 from falproxy.stores.ledger import ProcessStart, QueryReader
 from falproxy.stores.ledger.call_list import MS
 from falproxy.stores.ledger.rows import Row, to_ms
@@ -43,7 +42,7 @@ class StartMark:
 def start_of_process(process_id: int) -> ProcessStart:
     """Return the start of this process: an application that is created again, such as by a reload,
     has the same one. Processes that are forked afterwards have others."""
-    return ProcessStart(__version__, socket.gethostname(), time.time(), new_id())
+    return ProcessStart(__version__, socket.gethostname(), time.time())
 
 
 def this_start() -> ProcessStart:

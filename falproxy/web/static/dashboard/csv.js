@@ -16,8 +16,13 @@ export function saveFile(name, content) {
  *
  * @param {(string | number | null)[][]} rows
  */
-export function toCsv(rows) {
+function toCsv(rows) {
   return rows.map((row) => `${row.map(cell).join(",")}\r\n`).join("");
+}
+
+/** Save rows as a file. @param {string} name of the file, without ending */
+export function saveCsv(name, rows) {
+  saveFile(`falproxy-${name}.csv`, new Blob([toCsv(rows)], { type: "text/csv" }));
 }
 
 function cell(value) {
@@ -50,8 +55,7 @@ export function addExportButton(panel, name, getRows) {
         type: "button",
         className: "button quiet",
         "aria-label": `Export ${heading.textContent} as CSV`,
-        onclick: () =>
-          saveFile(`falproxy-${name}.csv`, new Blob([toCsv(getRows())], { type: "text/csv" })),
+        onclick: () => saveCsv(name, getRows()),
       },
       "CSV",
     ),

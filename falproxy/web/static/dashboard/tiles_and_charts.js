@@ -1,7 +1,7 @@
 /** The tiles with the totals, and the charts over time. */
 import { byId } from "../dom.js";
 import { Chart } from "./chart.js";
-import { saveFile, toCsv } from "./csv.js";
+import { saveCsv } from "./csv.js";
 import {
   formatCount,
   formatDuration,
@@ -149,8 +149,7 @@ export function startFigures() {
   show(selected.value);
   byId("export-chart").addEventListener("click", () => {
     const id = choices.querySelector("input:checked").value;
-    const rows = charts.get(id)?.exportedRows() ?? [];
-    saveFile(`falproxy-${id}.csv`, new Blob([toCsv(rows)], { type: "text/csv" }));
+    saveCsv(id, charts.get(id)?.exportedRows() ?? []);
   });
   choices.addEventListener("change", (event) => {
     show(event.target.value);
