@@ -3,10 +3,8 @@
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator
 from dataclasses import fields, replace
 from decimal import Decimal
-from pathlib import Path
 from typing import get_args
 from uuid import uuid4
 
@@ -35,7 +33,7 @@ from falproxy.stores.ledger.database import LedgerDatabase
 from falproxy.stores.ledger.schema import Schema, SqlDialect
 from falproxy.stores.ledger.statements import LEDGER_SCHEMA
 from falproxy.stores.ledger.writer import LedgerWriter
-from tests.support.ledger_processes import DATABASES, LedgerProcesses, ledger_processes
+from tests.support.ledger_processes import LedgerProcesses
 from tests.support.ledger_schema import UNDO_CALL_TIMES
 
 LEASE_SECONDS = 0.2
@@ -83,23 +81,10 @@ OLD_LEDGER = """
 """
 
 
-@pytest.fixture(params=DATABASES)
-async def processes(
-    request: pytest.FixtureRequest, tmp_path: Path
-) -> AsyncIterator[LedgerProcesses]:
-    async with ledger_processes(request, tmp_path) as opened:
-        yield opened
-
-
 @pytest.fixture
-async def ledger(processes: LedgerProcesses) -> Ledger:
-    return await processes.store()
-
-
-@pytest.fixture
-async def other(processes: LedgerProcesses) -> Ledger:
+async def other(ledger_processes: LedgerProcesses) -> Ledger:
     """The ledger of another process."""
-    return await processes.store()
+    return await ledger_processes.store()
 
 
 def record(at: float = NOON, **columns: object) -> CallRecord:
@@ -602,8 +587,8 @@ async def test_a_process_that_renews_its_leases_keeps_its_jobs(
         assert await other.claim_jobs(BEN) == []
 
 
-async def test_concurrent_claims_get_different_jobs(processes: LedgerProcesses) -> None:
-    ledgers = [await processes.store() for _ in range(5)]
+async def test_concurrent_claims_get_different_jobs(ledger_processes: LedgerProcesses) -> None:
+    ledgers = [await ledger_processes.store() for _ in range(5)]
     for _ in range(5):
         added = [await ledgers[0].add_job(job(), Lease("gone", 0.0)) for _ in range(100)]
         claims = (process.claim_jobs(Lease(str(n), 30.0)) for n, process in enumerate(ledgers))
@@ -624,23 +609,25 @@ async def test_ids_of_a_job_are_stored_exactly_or_rejected(ledger: Ledger, name:
         assert await ledger.get_job(new.id, stored.owner) == stored
 
 
-async def test_several_processes_can_create_the_schema_at_once(processes: LedgerProcesses) -> None:
-    ledgers = [await processes.store() for _ in range(6)]
+async def test_several_processes_can_create_the_schema_at_once(
+    ledger_processes: LedgerProcesses,
+) -> None:
+    ledgers = [await ledger_processes.store() for _ in range(6)]
     await asyncio.gather(*(process.write([record()]) for process in ledgers))
     assert (await grand_total(ledgers[0])).calls == 6
 
 
-async def test_records_and_jobs_survive_a_restart(processes: LedgerProcesses) -> None:
-    async with processes.make() as first:
+async def test_records_and_jobs_survive_a_restart(ledger_processes: LedgerProcesses) -> None:
+    async with ledger_processes.make() as first:
         await first.write([FULL])
         stored = await first.add_job(job(), ANN)
-    async with processes.make() as second:
+    async with ledger_processes.make() as second:
         assert await second.latest(ALL) == [FULL]
         assert await second.get_job(stored.id, "ann") == stored
 
 
-async def test_a_ledger_of_the_first_version_is_migrated(processes: LedgerProcesses) -> None:
-    async with processes.make() as first:
+async def test_a_ledger_of_the_first_version_is_migrated(ledger_processes: LedgerProcesses) -> None:
+    async with ledger_processes.make() as first:
         await first.write([FULL])
         for statement in (
             *UNDO_CALL_TIMES,
@@ -651,16 +638,16 @@ async def test_a_ledger_of_the_first_version_is_migrated(processes: LedgerProces
             "UPDATE falproxy_ledger SET version = 1",
         ):
             await first._database.execute(statement)  # type: ignore[attr-defined]
-    async with processes.make() as second:
+    async with ledger_processes.make() as second:
         later = replace(FULL, id="later", at=NOON + 1)
         await second.write([later])
         assert await second.latest(ALL) == [later, replace(FULL, proxy_request_id=None)]
 
 
 async def test_a_ledger_that_an_older_release_wrote_is_migrated(
-    processes: LedgerProcesses,
+    ledger_processes: LedgerProcesses,
 ) -> None:
-    async with processes.make() as writer:
+    async with ledger_processes.make() as writer:
         database = writer._database  # type: ignore[attr-defined]
         connection = await database._factory.connect()
         for statement in OLD_LEDGER.split(";"):
@@ -696,15 +683,15 @@ def with_schema(ledger: Ledger, schema: Schema) -> LedgerDatabase:
 
 
 async def test_two_versions_work_side_by_side_and_after_a_roll_back(
-    processes: LedgerProcesses,
+    ledger_processes: LedgerProcesses,
 ) -> None:
-    async with processes.make() as older:
+    async with ledger_processes.make() as older:
         await older.write([record(id="before")])
         newer = with_schema(older, NEWER)
         await newer.execute("INSERT INTO falproxy_regions (name) VALUES ('eu')")
         await older.write([record(id="during", at=NOON + 1)])
         job = await older.add_job(JobRow(owner="ann", model="m", endpoint="e"), ANN)
-        async with processes.make() as restarted:
+        async with ledger_processes.make() as restarted:
             await restarted.probe()
             await restarted.write([record(id="after", at=NOON + 2)])
             assert [each.id for each in await restarted.latest(ALL)] == [
@@ -720,9 +707,9 @@ async def test_two_versions_work_side_by_side_and_after_a_roll_back(
 
 @pytest.mark.parametrize("knows_readers", [True, False])
 async def test_a_newer_schema_that_this_version_cannot_work_with_is_rejected(
-    processes: LedgerProcesses, knows_readers: bool
+    ledger_processes: LedgerProcesses, knows_readers: bool
 ) -> None:
-    async with processes.make() as ledger:
+    async with ledger_processes.make() as ledger:
         newer = with_schema(ledger, replace(NEWER, min_reader=NEWEST))
         await newer.execute("UPDATE falproxy_ledger SET version = version")
         if not knows_readers:  # as releases before the table of readers

@@ -4,8 +4,7 @@
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import pytest
 
@@ -21,26 +20,13 @@ from falproxy.stores.ledger import (
 )
 from falproxy.stores.ledger.schema import Schema
 from falproxy.stores.ledger.statements import LEDGER_SCHEMA
-from tests.support.ledger_processes import DATABASES, LedgerProcesses, ledger_processes
+from tests.support.ledger_processes import LedgerProcesses
 from tests.support.ledger_schema import UNDO_CALL_TIMES
 
 HOUR, DAY = 3600.0, 86400.0
 START = 1_800_000_000.0 // DAY * DAY
 END = START + 100 * DAY
 ALL = UsageQuery()
-
-
-@pytest.fixture(params=DATABASES)
-async def processes(
-    request: pytest.FixtureRequest, tmp_path: Path
-) -> AsyncIterator[LedgerProcesses]:
-    async with ledger_processes(request, tmp_path) as opened:
-        yield opened
-
-
-@pytest.fixture
-async def ledger(processes: LedgerProcesses) -> Ledger:
-    return await processes.store()
 
 
 def record(at: float, request_id: str | None = None, user_id: str = "u") -> CallRecord:
@@ -145,9 +131,9 @@ async def test_deleted_records_do_not_count(ledger: Ledger) -> None:
     ], rows
 
 
-async def test_records_of_an_older_version_are_counted(processes: LedgerProcesses) -> None:
+async def test_records_of_an_older_version_are_counted(ledger_processes: LedgerProcesses) -> None:
     """Nodes of both versions write while one is replaced by the other."""
-    async with processes.make() as current:
+    async with ledger_processes.make() as current:
         await current.probe()
         database_of = current._database  # type: ignore[attr-defined]
         older = database.LedgerDatabase(
@@ -170,8 +156,10 @@ async def test_records_of_an_older_version_are_counted(processes: LedgerProcesse
             await sum_all(current)
 
 
-async def test_records_from_before_the_migration_are_summed(processes: LedgerProcesses) -> None:
-    async with processes.make() as first:
+async def test_records_from_before_the_migration_are_summed(
+    ledger_processes: LedgerProcesses,
+) -> None:
+    async with ledger_processes.make() as first:
         await first.write([record(START), record(START + DAY)])
         for statement in (
             "DELETE FROM falproxy_open_periods",
@@ -179,21 +167,21 @@ async def test_records_from_before_the_migration_are_summed(processes: LedgerPro
             "UPDATE falproxy_ledger SET version = 3",
         ):
             await execute(first, statement)
-    async with processes.make() as second:
+    async with ledger_processes.make() as second:
         assert await calls(second) == 2
         assert await sum_all(second) == 5
         assert await calls(second) == 2
 
 
 async def test_operations_do_not_wait_for_a_long_migration(
-    processes: LedgerProcesses, monkeypatch: pytest.MonkeyPatch
+    ledger_processes: LedgerProcesses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It goes on after the operation that started it has failed."""
-    async with processes.make() as first:
+    async with ledger_processes.make() as first:
         await first.write([record(START)])
         for statement in (*UNDO_CALL_TIMES, "UPDATE falproxy_ledger SET version = 3"):
             await execute(first, statement)
-    async with processes.make() as second:
+    async with ledger_processes.make() as second:
         slow = second._database  # type: ignore[attr-defined]
         slow._writer._timeout = 0.2
         apply, may_end = slow._apply_migrations, asyncio.Event()
@@ -215,10 +203,10 @@ async def test_operations_do_not_wait_for_a_long_migration(
         ]
 
 
-async def test_processes_sum_while_others_write(processes: LedgerProcesses) -> None:
+async def test_processes_sum_while_others_write(ledger_processes: LedgerProcesses) -> None:
     """No record is lost between the sums of a period and the records after them."""
-    writers = [await processes.store() for _ in range(3)]
-    summing = [await processes.store() for _ in range(2)]
+    writers = [await ledger_processes.store() for _ in range(3)]
+    summing = [await ledger_processes.store() for _ in range(2)]
     is_done = False
 
     async def write(ledger: Ledger, writer: int) -> None:

@@ -1,9 +1,7 @@
 """Starts of processes in the ledger, over SQLite and over PostgreSQL."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from dataclasses import astuple
-from pathlib import Path
 
 import pytest
 
@@ -11,24 +9,11 @@ from falproxy.stores.ledger import CallRecord, Ledger, LedgerError, ProcessStart
 from falproxy.stores.ledger.process_starts import STARTS_MAX, read_starts, this_start
 from falproxy.stores.ledger.statements import LEDGER_SCHEMA
 from falproxy.stores.ledger.writer import LedgerWriter
-from tests.support.ledger_processes import DATABASES, LedgerProcesses, ledger_processes
+from tests.support.ledger_processes import LedgerProcesses
 from tests.support.virtual_time import run_in_virtual_time
 
 NOON = 1_800_000_000.0
 HOUR = 3600.0
-
-
-@pytest.fixture(params=DATABASES)
-async def processes(
-    request: pytest.FixtureRequest, tmp_path: Path
-) -> AsyncIterator[LedgerProcesses]:
-    async with ledger_processes(request, tmp_path) as opened:
-        yield opened
-
-
-@pytest.fixture
-async def ledger(processes: LedgerProcesses) -> Ledger:
-    return await processes.store()
 
 
 async def add(ledger: Ledger, *starts: tuple[float, str, str]) -> None:
@@ -126,12 +111,12 @@ async def test_starts_are_deleted_with_the_records(ledger: Ledger) -> None:
 
 
 async def test_a_process_is_recorded_once_however_often_its_application_is_created(
-    ledger: Ledger, processes: LedgerProcesses
+    ledger: Ledger, ledger_processes: LedgerProcesses
 ) -> None:
     start = this_start()
     assert start is this_start()
     for _ in range(2):
-        writer = LedgerWriter(await processes.store(), start=start)
+        writer = LedgerWriter(await ledger_processes.store(), start=start)
         await writer.open()
         async with asyncio.timeout(10):
             while not await read_starts(ledger, start.at - 1, start.at + 1):
@@ -141,15 +126,17 @@ async def test_a_process_is_recorded_once_however_often_its_application_is_creat
     assert [(mark.version, mark.processes) for mark in found] == [(start.version, 1)]
 
 
-async def test_a_ledger_of_the_version_before_gets_the_table(processes: LedgerProcesses) -> None:
-    async with processes.make() as first:
+async def test_a_ledger_of_the_version_before_gets_the_table(
+    ledger_processes: LedgerProcesses,
+) -> None:
+    async with ledger_processes.make() as first:
         await first.probe()
         for statement in (
             "DROP TABLE falproxy_starts",
             f"UPDATE falproxy_ledger SET version = {len(LEDGER_SCHEMA.migrations) - 1}",
         ):
             await first._database.execute(statement)  # type: ignore[attr-defined]
-    async with processes.make() as second:
+    async with ledger_processes.make() as second:
         await add(second, (5, "1.0", "a"))
         assert await marks(second) == [(5, "1.0", 1, 1, True)]
         assert await second.totals(UsageQuery())

@@ -34,25 +34,6 @@ OPEN_SHEET = """() => {
   const button = document.querySelector('#sheet-button');
   if (button.checkVisibility() && button.getAttribute('aria-expanded') === 'false') button.click();
 }"""
-FILL_HISTORY = """async (count) => {
-  const db = await new Promise((resolve) => {
-    const request = indexedDB.open('falproxy:/');
-    request.onsuccess = () => resolve(request.result);
-  });
-  const store = db.transaction('jobs', 'readwrite').objectStore('jobs');
-  for (let number = 0; number < count; number += 1) {
-    store.put({
-      id: `old-${number}`, state: 'done', created: 1e12 + number * 1000,
-      prompt: number % 3 ? `entry ${number}` : 'a'.repeat(80) + number,
-      endpoint: 'fal-ai/flux/dev', model: 'FLUX.1 [dev]',
-      images: [
-        { url: '/web/examples/city.svg', kind: number % 10 ? 'image' : 'video' },
-      ],
-    });
-  }
-  await new Promise((resolve) => (store.transaction.oncomplete = resolve));
-  db.close();
-}"""
 ERRORS_SHOWN = """(count) =>
   document.querySelectorAll('.job [role=alert]:not([hidden])').length === count"""
 ADMIN = "s3cret-ann"
@@ -146,7 +127,10 @@ async def test_long_words_other_scripts_and_a_long_error(
 async def test_a_history_of_1000_entries(driver: Driver, proxy: RestartableProxy) -> None:
     async with driver.visit(proxy.base) as visitor:
         await visitor.open_page()
-        await visitor.evaluate(FILL_HISTORY, 1000)
+        await visitor.fill_history(
+            [f"entry {n}" if n % 3 else "a" * 80 + str(n) for n in range(1000)],
+            "/web/examples/city.svg",
+        )
         await visitor.act("reload")
         assert await visitor.find_flaws("history-1000") == []
         await visitor.act("resize", width=768)

@@ -34,24 +34,6 @@ MASK_PIXELS = """async () => {
     [...context.getImageData(x * canvas.width, y * canvas.height, 1, 1).data].slice(0, 3);
   return [canvas.width, canvas.height, at(0.5, 0.5), at(0.1, 0.1)];
 }"""
-FILL_HISTORY = """async (count) => {
-  const db = await new Promise((resolve) => {
-    const request = indexedDB.open('falproxy:/');
-    request.onsuccess = () => resolve(request.result);
-  });
-  const store = db.transaction('jobs', 'readwrite').objectStore('jobs');
-  for (let number = 0; number < count; number += 1) {
-    store.put({
-      id: `old-${number}`, state: 'done', created: 1e12 + number * 1000, prompt: `entry ${number}`,
-      endpoint: 'fal-ai/flux/dev', model: 'FLUX.1 [dev]',
-      images: [
-        { url: 'data:image/png;base64,iVBORw0KGgo=', kind: number % 10 ? 'image' : 'video' },
-      ],
-    });
-  }
-  await new Promise((resolve) => (store.transaction.oncomplete = resolve));
-  db.close();
-}"""
 
 
 def inputs_of(proxy: RestartableProxy) -> list[dict[str, object]]:
@@ -394,7 +376,9 @@ async def test_the_history_is_exported_and_imported(
 async def test_a_history_of_1000_entries_is_fast(driver: Driver, proxy: RestartableProxy) -> None:
     async with driver.visit(proxy.base) as visitor:
         await visitor.open_page()
-        await visitor.evaluate(FILL_HISTORY, 1000)
+        await visitor.fill_history(
+            [f"entry {number}" for number in range(1000)], "data:image/png;base64,iVBORw0KGgo="
+        )
         await visitor.act("reload")
         assert await visitor.text("#history-count") == "1000"
         assert await visitor.act("count", selector=".thumbnails li") == 48

@@ -169,9 +169,7 @@ async def test_a_lost_image_is_reported(visitor: Visitor, tmp_path: Path) -> Non
 async def test_a_task_from_another_page_keeps_the_form(
     visitor: Visitor, proxy: RestartableProxy, tmp_path: Path
 ) -> None:
-    await visitor.choose_model(KONTEXT)
-    await add_image(visitor, create_image(tmp_path / "photo.png"))
-    await visitor.act("fill", label="Prompt", text="make it winter")
+    await visitor.fill_form("make it winter", KONTEXT, create_image(tmp_path / "photo.png"))
     await visitor.wait_until(HAS_DRAFT, ["photo.png"])
     await visitor.act("gotoWithoutWaiting", url=f"{proxy.base}dashboard")
     await visitor.act("goto", url=f"{proxy.base}#task=edit")
@@ -205,9 +203,7 @@ async def test_a_failed_job_is_retried_with_image_and_mask_after_a_reload(
 async def test_a_job_that_was_not_sent_before_a_reload_is_sent_by_retry(
     visitor: Visitor, proxy: RestartableProxy, tmp_path: Path
 ) -> None:
-    await visitor.choose_model(KONTEXT)
-    await add_image(visitor, create_image(tmp_path / "photo.png"))
-    await visitor.act("fill", label="Prompt", text="make it winter")
+    await visitor.fill_form("make it winter", KONTEXT, create_image(tmp_path / "photo.png"))
     await visitor.act("intercept", pattern="**/web/about.json", status=502, body="", times=3)
     await visitor.act("click", selector="#submit")
     await visitor.wait_for_text(".job", "Nothing was sent")

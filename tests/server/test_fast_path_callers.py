@@ -4,7 +4,7 @@ their credential, and is never another caller's."""
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from tests.support.polled_proxy import (
     MakeProxy,
     PolledProxy,
     bearer,
-    polled_proxies,
     token_of,
 )
 from tests.support.polling_client import poll_request, submit_request
@@ -37,14 +36,8 @@ pytestmark = pytest.mark.both_event_loops
 
 
 @pytest.fixture
-async def make(fal: FakeFal, tmp_path: Path) -> AsyncIterator[MakeProxy]:
-    async with polled_proxies(fal, tmp_path) as start:
-        yield start
-
-
-@pytest.fixture
-async def proxy(make: MakeProxy) -> PolledProxy:
-    return await make(jwt_secret=SECRET)
+async def proxy(make_proxy: MakeProxy) -> PolledProxy:
+    return await make_proxy(jwt_secret=SECRET)
 
 
 # Tokens
@@ -301,7 +294,7 @@ async def test_a_poll_in_two_pieces_is_authenticated(
 
 
 async def test_a_middleware_that_looks_at_the_body_sees_every_request_of_a_token(
-    make: MakeProxy, monkeypatch: pytest.MonkeyPatch
+    make_proxy: MakeProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bodies: list[bytes] = []
 
@@ -314,7 +307,7 @@ async def test_a_middleware_that_looks_at_the_body_sees_every_request_of_a_token
         "falproxy.app.authorization",
         lambda *args, **options: [*authorization(*args, **options), read_body],
     )
-    proxy = await make(jwt_secret=SECRET)
+    proxy = await make_proxy(jwt_secret=SECRET)
     request_id = await proxy.submit("x-falproxy-key: " + token_of("ann"))
     poll = poll_request(request_id, bearer(token_of("ann")))
     client = await proxy.client()
@@ -337,8 +330,8 @@ async def test_submits_with_a_token_are_owned(proxy: PolledProxy) -> None:
         assert await client.status(poll_request(request_id, bearer(token_of("bob")))) == 404
 
 
-async def test_rates_apply_to_callers_whose_polls_take_the_fast_path(make: MakeProxy) -> None:
-    proxy = await make(jwt_secret=SECRET, rate=parse_rate("2/minute"))
+async def test_rates_apply_to_callers_whose_polls_take_the_fast_path(make_proxy: MakeProxy) -> None:
+    proxy = await make_proxy(jwt_secret=SECRET, rate=parse_rate("2/minute"))
     poll = await proxy.poll_of(bearer(token_of("ann")))
     client = await proxy.client()
     for _ in range(6):
@@ -352,9 +345,9 @@ async def test_rates_apply_to_callers_whose_polls_take_the_fast_path(make: MakeP
 # Keys made at run time
 
 
-async def test_a_changed_key_is_looked_up_again(make: MakeProxy, tmp_path: Path) -> None:
+async def test_a_changed_key_is_looked_up_again(make_proxy: MakeProxy, tmp_path: Path) -> None:
     async with choose_key_store(None, tmp_path) as store:
-        proxy = await make(keys="on")
+        proxy = await make_proxy(keys="on")
         change = KeyChange(expiry=Expiry(), limits=NO_CALLER_LIMITS, endpoints=("fal-ai/other",))
         made, secret = await store.create(NewKey(name="web", creator="cli"))
         poll = await proxy.poll_of(f"x-falproxy-key: {secret}")
@@ -410,10 +403,10 @@ def named_for(seconds: float) -> Callable[[web.Request], Identity | None]:
     ],
 )
 async def test_a_hook_is_called_for_each_request_unless_its_identity_has_a_time(
-    make: MakeProxy, identify: Callable[[web.Request], str | Identity | None], hits: int
+    make_proxy: MakeProxy, identify: Callable[[web.Request], str | Identity | None], hits: int
 ) -> None:
     hook = Hook(identify)
-    proxy = await make(hook)
+    proxy = await make_proxy(hook)
     poll = await proxy.poll_of("X-Name: ann")
     client = await proxy.client()
     hook.asked = 0
@@ -424,9 +417,9 @@ async def test_a_hook_is_called_for_each_request_unless_its_identity_has_a_time(
     assert await client.status(poll.replace(b"X-Name", b"X-Other")) == 401
 
 
-async def test_an_identity_of_a_hook_ends_with_its_time(make: MakeProxy) -> None:
+async def test_an_identity_of_a_hook_ends_with_its_time(make_proxy: MakeProxy) -> None:
     hook = Hook(named_for(0.5))
-    proxy = await make(hook)
+    proxy = await make_proxy(hook)
     poll = await proxy.poll_of("X-Name: ann")
     client = await proxy.client()
     started = time.monotonic()
@@ -437,12 +430,14 @@ async def test_an_identity_of_a_hook_ends_with_its_time(make: MakeProxy) -> None
     assert proxy.hits > 1
 
 
-async def test_the_time_of_an_identity_begins_when_the_hook_is_called(make: MakeProxy) -> None:
+async def test_the_time_of_an_identity_begins_when_the_hook_is_called(
+    make_proxy: MakeProxy,
+) -> None:
     async def slow(request: web.Request) -> Identity:
         await asyncio.sleep(0.1)
         return Identity("ann", valid_for=0.05)
 
-    proxy = await make(slow)
+    proxy = await make_proxy(slow)
     poll = await proxy.poll_of()
     client = await proxy.client()
     for _ in range(3):
@@ -450,7 +445,7 @@ async def test_the_time_of_an_identity_begins_when_the_hook_is_called(make: Make
     assert proxy.hits == 0
 
 
-async def test_an_identity_of_a_hook_is_for_one_connection(make: MakeProxy) -> None:
+async def test_an_identity_of_a_hook_is_for_one_connection(make_proxy: MakeProxy) -> None:
     """A hook may look at the address or the certificate: an equal head may be another caller's."""
     names: dict[object, str] = {}
 
@@ -458,7 +453,7 @@ async def test_an_identity_of_a_hook_is_for_one_connection(make: MakeProxy) -> N
         return Identity(names.setdefault(request.protocol, "ann"), valid_for=60)
 
     hook = Hook(by_connection)
-    proxy = await make(hook)
+    proxy = await make_proxy(hook)
     poll = await proxy.poll_of()
     of_ann, of_bob, again = [await proxy.client() for _ in range(3)]
     for _ in range(3):
@@ -475,10 +470,10 @@ async def test_an_identity_of_a_hook_is_for_one_connection(make: MakeProxy) -> N
 
 
 async def test_a_hook_that_names_other_callers_for_equal_heads_is_called_for_each(
-    make: MakeProxy, fal: FakeFal
+    make_proxy: MakeProxy, fal: FakeFal
 ) -> None:
     hook = Hook(lambda request: "ann")
-    proxy = await make(hook)
+    proxy = await make_proxy(hook)
     poll = await proxy.poll_of()
     client = await proxy.client()
     seen = len(fal.seen)
@@ -497,12 +492,12 @@ async def test_a_hook_that_names_other_callers_for_equal_heads_is_called_for_eac
     ],
 )
 async def test_a_later_identity_of_a_hook_ends_the_earlier_one(
-    make: MakeProxy, later: str | None, status: int
+    make_proxy: MakeProxy, later: str | None, status: int
 ) -> None:
     """The normal path calls the hook again, such as for a request in two pieces or without an idle
     connection to fal."""
     hook = Hook(named_for(60))
-    proxy = await make(hook)
+    proxy = await make_proxy(hook)
     poll = await proxy.poll_of("X-Name: ann")
     client = await proxy.client()
     for _ in range(2):
@@ -517,11 +512,11 @@ async def test_a_later_identity_of_a_hook_ends_the_earlier_one(
 
 
 async def test_a_caller_with_a_key_or_token_is_on_the_fast_path_beside_a_hook(
-    make: MakeProxy,
+    make_proxy: MakeProxy,
 ) -> None:
     hook = Hook(name_of)
     secret = "a-key-of-16-chars"
-    proxy = await make(hook, access_keys=(("web", secret),), jwt_secret=SECRET)
+    proxy = await make_proxy(hook, access_keys=(("web", secret),), jwt_secret=SECRET)
     client = await proxy.client()
     for line in (f"x-falproxy-key: {secret}", bearer(token_of("ann"))):
         poll, hits = await proxy.poll_of(line), proxy.hits
@@ -531,8 +526,8 @@ async def test_a_caller_with_a_key_or_token_is_on_the_fast_path_beside_a_hook(
     assert hook.asked == 0
 
 
-async def test_the_routes_of_connections_are_bounded(make: MakeProxy) -> None:
-    proxy = await make(Hook(named_for(60)))
+async def test_the_routes_of_connections_are_bounded(make_proxy: MakeProxy) -> None:
+    proxy = await make_proxy(Hook(named_for(60)))
     proxy.routes.max_routes = 3
     poll = await proxy.poll_of("X-Name: ann")
     for _ in range(6):

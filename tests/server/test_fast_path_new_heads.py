@@ -3,10 +3,9 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import pytest
 from aiohttp import web
@@ -30,7 +29,9 @@ from tests.support.polled_proxy import (
     SECRET,
     MakeProxy,
     bearer,
-    polled_proxies,
+    new_id,
+    recording,
+    respond_with_path,
     token_of,
 )
 from tests.support.polling_client import PollingClient, poll_request, submit_request
@@ -46,21 +47,13 @@ def token_line(subject: str, **changes: Any) -> str:
     return bearer(token_of(subject, **changes))
 
 
-@pytest.fixture
-async def make(fal: FakeFal, tmp_path: Path) -> AsyncIterator[MakeProxy]:
-    async with polled_proxies(fal, tmp_path) as start:
-        yield start
-
-
-def new_id() -> str:
-    return str(uuid4())
-
-
 # The polls of new jobs
 
 
-async def test_a_poll_of_another_job_takes_the_fast_path(make: MakeProxy, fal: FakeFal) -> None:
-    proxy = await make()
+async def test_a_poll_of_another_job_takes_the_fast_path(
+    make_proxy: MakeProxy, fal: FakeFal
+) -> None:
+    proxy = await make_proxy()
     client = await proxy.client()
     ids = [new_id() for _ in range(6)]
     for request_id in ids:
@@ -73,9 +66,9 @@ async def test_a_poll_of_another_job_takes_the_fast_path(make: MakeProxy, fal: F
 
 
 async def test_the_log_has_the_request_id_of_each_poll(
-    make: MakeProxy, caplog: pytest.LogCaptureFixture
+    make_proxy: MakeProxy, caplog: pytest.LogCaptureFixture
 ) -> None:
-    proxy = await make()
+    proxy = await make_proxy()
     client = await proxy.client()
     ids = [new_id() for _ in range(3)]
     with caplog.at_level(logging.INFO, "falproxy.calls"):
@@ -109,9 +102,9 @@ FIRST = poll_request(ID)
     ],
 )
 async def test_a_head_that_differs_otherwise_takes_the_normal_path(
-    make: MakeProxy, second: bytes
+    make_proxy: MakeProxy, second: bytes
 ) -> None:
-    proxy = await make()
+    proxy = await make_proxy()
     client = await proxy.client()
     for _ in range(2):
         assert await client.status(FIRST) == 200
@@ -122,9 +115,11 @@ async def test_a_head_that_differs_otherwise_takes_the_normal_path(
     assert proxy.hits == 2
 
 
-async def test_a_head_with_its_id_twice_is_for_itself_only(make: MakeProxy, fal: FakeFal) -> None:
+async def test_a_head_with_its_id_twice_is_for_itself_only(
+    make_proxy: MakeProxy, fal: FakeFal
+) -> None:
     """Another page may be about another job than the poll."""
-    proxy = await make()
+    proxy = await make_proxy()
     client = await proxy.client()
     polled = new_id()
 
@@ -139,13 +134,10 @@ async def test_a_head_with_its_id_twice_is_for_itself_only(make: MakeProxy, fal:
 
 
 async def test_responses_to_pipelined_and_split_polls_of_other_jobs_are_in_order(
-    make: MakeProxy, fal: FakeFal
+    make_proxy: MakeProxy, fal: FakeFal
 ) -> None:
-    async def respond_with_path(request: web.Request) -> web.StreamResponse:
-        return web.json_response({"path": request.path})
-
     fal.respond = respond_with_path
-    proxy = await make()
+    proxy = await make_proxy()
     client = await proxy.client()
     await client.status(FIRST)
     ids = [new_id() for _ in range(5)]
@@ -159,8 +151,8 @@ async def test_responses_to_pipelined_and_split_polls_of_other_jobs_are_in_order
     assert [json.loads(body)["path"].split("/")[4] for body in bodies] == ids
 
 
-async def test_a_route_for_all_jobs_expires(make: MakeProxy) -> None:
-    proxy = await make()
+async def test_a_route_for_all_jobs_expires(make_proxy: MakeProxy) -> None:
+    proxy = await make_proxy()
     proxy.routes.ttl = 0.2
     client = await proxy.client()
     await client.status(FIRST)
@@ -171,8 +163,8 @@ async def test_a_route_for_all_jobs_expires(make: MakeProxy) -> None:
     assert proxy.hits == 1
 
 
-async def test_many_jobs_have_one_route(make: MakeProxy) -> None:
-    proxy = await make()
+async def test_many_jobs_have_one_route(make_proxy: MakeProxy) -> None:
+    proxy = await make_proxy()
     client = await proxy.client()
     for _ in range(20):
         await client.status(poll_request(new_id()))
@@ -180,15 +172,6 @@ async def test_many_jobs_have_one_route(make: MakeProxy) -> None:
 
 
 # Middleware
-
-
-def seeing(seen: list[str], declare: Callable[[Middleware], Middleware]) -> Middleware:
-    @web.middleware
-    async def seeing_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        seen.append((await request.read()).decode())
-        return await handler(request)
-
-    return declare(seeing_middleware)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +183,7 @@ def seeing(seen: list[str], declare: Callable[[Middleware], Middleware]) -> Midd
     ],
 )
 async def test_a_middleware_sees_what_it_is_not_declared_for(
-    make: MakeProxy,
+    make_proxy: MakeProxy,
     monkeypatch: pytest.MonkeyPatch,
     declare: Callable[[Middleware], Middleware],
     new_ids_seen: int,
@@ -209,9 +192,9 @@ async def test_a_middleware_sees_what_it_is_not_declared_for(
     seen: list[str] = []
     monkeypatch.setattr(
         "falproxy.app.authorization",
-        lambda *args, **options: [*authorization(*args, **options), seeing(seen, declare)],
+        lambda *args, **options: [*authorization(*args, **options), recording(seen, declare)],
     )
-    proxy = await make()
+    proxy = await make_proxy()
     client = await proxy.client()
     for _ in range(6):
         await client.status(poll_request(new_id()))
@@ -228,7 +211,7 @@ async def test_a_middleware_of_the_application_sees_each_request_id(
     seen: list[str] = []
     settings = make_settings(fal_key=CANARY, upstream_origin=fal.origin, data_dir=tmp_path)
     app = create_app(settings)
-    app.middlewares.append(seeing(seen, head_only))
+    app.middlewares.append(recording(seen, head_only))
     server = FastPathTestServer(app)
     await server.start_server()
     assert server.port is not None
@@ -240,7 +223,7 @@ async def test_a_middleware_of_the_application_sees_each_request_id(
 
 
 async def test_a_check_of_a_middleware_decides_about_each_id(
-    make: MakeProxy, monkeypatch: pytest.MonkeyPatch
+    make_proxy: MakeProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
     allowed = {new_id() for _ in range(5)}
@@ -256,7 +239,7 @@ async def test_a_check_of_a_middleware_decides_about_each_id(
         "falproxy.app.authorization",
         lambda *args, **options: [*authorization(*args, **options), checking],
     )
-    proxy = await make()
+    proxy = await make_proxy()
     client = await proxy.client()
     for request_id in allowed:
         await client.status(poll_request(request_id))
@@ -267,11 +250,11 @@ async def test_a_check_of_a_middleware_decides_about_each_id(
 
 
 async def test_a_policy_that_is_stricter_refuses_what_was_on_the_fast_path(
-    make: MakeProxy, tmp_path: Path
+    make_proxy: MakeProxy, tmp_path: Path
 ) -> None:
     """A reload makes another application, with routes of its own."""
-    before = await make(access_keys=KEYS)
-    after = await make(access_keys=KEYS[1:])
+    before = await make_proxy(access_keys=KEYS)
+    after = await make_proxy(access_keys=KEYS[1:])
     request_id, client = await before.submit(KEY_LINE), await before.client()
     poll = poll_request(request_id, KEY_LINE)
     for _ in range(3):
@@ -291,13 +274,13 @@ async def test_a_policy_that_is_stricter_refuses_what_was_on_the_fast_path(
 
 @pytest.mark.parametrize("has_tokens", [False, True], ids=["access keys", "tokens"])
 async def test_a_caller_polls_new_jobs_of_its_own_only(
-    make: MakeProxy, fal: FakeFal, has_tokens: bool
+    make_proxy: MakeProxy, fal: FakeFal, has_tokens: bool
 ) -> None:
     options: dict[str, Any] = {"jwt_secret": SECRET} if has_tokens else {"access_keys": KEYS}
     of_ann, of_bob = KEY_LINE, "x-falproxy-key: another-key-of-16"
     if has_tokens:
         of_ann, of_bob = token_line("ann"), token_line("bob")
-    proxy = await make(**options)
+    proxy = await make_proxy(**options)
     client = await proxy.client()
     own = [await proxy.submit(of_ann) for _ in range(4)]
     others = [await proxy.submit(of_bob) for _ in range(2)]
@@ -316,8 +299,10 @@ async def test_a_caller_polls_new_jobs_of_its_own_only(
     assert proxy.hits == 7
 
 
-async def test_jobs_of_another_fal_key_are_sent_with_it(make: MakeProxy, fal: FakeFal) -> None:
-    proxy = await make(ai_keys=(CANARY, "b:c"))
+async def test_jobs_of_another_fal_key_are_sent_with_it(
+    make_proxy: MakeProxy, fal: FakeFal
+) -> None:
+    proxy = await make_proxy(ai_keys=(CANARY, "b:c"))
     ids = [await proxy.submit() for _ in range(4)]
     keys = {}
     for request_id, seen in zip(ids, fal.seen, strict=True):
@@ -330,8 +315,8 @@ async def test_jobs_of_another_fal_key_are_sent_with_it(make: MakeProxy, fal: Fa
     assert [seen.header("authorization") for seen in fal.seen] == [keys[each] for each in ids * 3]
 
 
-async def test_a_token_ends_for_new_jobs_too(make: MakeProxy, fal: FakeFal) -> None:
-    proxy = await make(jwt_secret=SECRET)
+async def test_a_token_ends_for_new_jobs_too(make_proxy: MakeProxy, fal: FakeFal) -> None:
+    proxy = await make_proxy(jwt_secret=SECRET)
     line = token_line("ann")
     jobs = [await proxy.submit(line) for _ in range(5)]
     client = await proxy.client()
@@ -347,9 +332,9 @@ async def test_a_token_ends_for_new_jobs_too(make: MakeProxy, fal: FakeFal) -> N
     assert proxy.hits == 2
 
 
-async def test_a_revoked_key_ends_for_new_jobs_too(make: MakeProxy, tmp_path: Path) -> None:
+async def test_a_revoked_key_ends_for_new_jobs_too(make_proxy: MakeProxy, tmp_path: Path) -> None:
     async with choose_key_store(None, tmp_path) as store:
-        proxy = await make(keys="on")
+        proxy = await make_proxy(keys="on")
         made, secret = await store.create(NewKey(name="web", creator="cli"))
         line = f"x-falproxy-key: {secret}"
         jobs = [await proxy.submit(line) for _ in range(4)]
@@ -363,14 +348,14 @@ async def test_a_revoked_key_ends_for_new_jobs_too(make: MakeProxy, tmp_path: Pa
         assert proxy.hits == 2
 
 
-async def test_a_hook_is_called_for_each_new_job(make: MakeProxy) -> None:
+async def test_a_hook_is_called_for_each_new_job(make_proxy: MakeProxy) -> None:
     asked: list[str] = []
 
     async def hook(request: web.Request) -> Identity:
         asked.append(request.headers["x-fal-target-url"])
         return Identity("ann", valid_for=60)
 
-    proxy = await make(hook)
+    proxy = await make_proxy(hook)
     jobs = [await proxy.submit() for _ in range(3)]
     client = await proxy.client()
     asked.clear()
@@ -379,8 +364,8 @@ async def test_a_hook_is_called_for_each_new_job(make: MakeProxy) -> None:
     assert (len(asked), proxy.hits) == (3, 3)
 
 
-async def test_polls_of_new_jobs_are_not_limited(make: MakeProxy) -> None:
-    proxy = await make(jwt_secret=SECRET, rate=parse_rate("4/minute"))
+async def test_polls_of_new_jobs_are_not_limited(make_proxy: MakeProxy) -> None:
+    proxy = await make_proxy(jwt_secret=SECRET, rate=parse_rate("4/minute"))
     line = token_line("ann")
     jobs = [await proxy.submit(line) for _ in range(4)]
     client = await proxy.client()
@@ -393,8 +378,10 @@ async def test_polls_of_new_jobs_are_not_limited(make: MakeProxy) -> None:
 # Virtual requests
 
 
-async def test_virtual_and_shared_ids_take_the_normal_path(make: MakeProxy, fal: FakeFal) -> None:
-    proxy = await make(access_keys=KEYS)
+async def test_virtual_and_shared_ids_take_the_normal_path(
+    make_proxy: MakeProxy, fal: FakeFal
+) -> None:
+    proxy = await make_proxy(access_keys=KEYS)
     client = await proxy.client()
     own, shared = [await proxy.submit(KEY_LINE) for _ in range(2)]
     assert await client.status(poll_request(own, KEY_LINE)) == 200
@@ -405,9 +392,9 @@ async def test_virtual_and_shared_ids_take_the_normal_path(make: MakeProxy, fal:
     assert proxy.hits == 2  # the route is still there
 
 
-async def test_the_owner_of_a_job_is_read_from_memory(make: MakeProxy) -> None:
+async def test_the_owner_of_a_job_is_read_from_memory(make_proxy: MakeProxy) -> None:
     """The first poll of a job whose owner another process has stored takes the normal path."""
-    proxy = await make(access_keys=KEYS)
+    proxy = await make_proxy(access_keys=KEYS)
     client = await proxy.client()
     jobs = [await proxy.submit(KEY_LINE) for _ in range(3)]
     for request_id in jobs[:2]:

@@ -1,13 +1,11 @@
 """The fast path for heads that differ in the identifiers of load balancers only."""
 
 import logging
-from collections.abc import AsyncIterator, Callable
-from pathlib import Path
-from uuid import uuid4
+from collections.abc import Callable
 
 import pytest
 from aiohttp import web
-from aiohttp.typedefs import Handler, Middleware
+from aiohttp.typedefs import Middleware
 
 from falproxy import Identity, create_app
 from falproxy.app.pipeline import authorization
@@ -16,7 +14,15 @@ from falproxy.server.fast_path import REQUEST_TAGS, split_tags
 from tests.support.fake_fal import FakeFal
 from tests.support.gateway import FastPathTestServer
 from tests.support.key_search import CANARY
-from tests.support.polled_proxy import SECRET, MakeProxy, bearer, polled_proxies, token_of
+from tests.support.polled_proxy import (
+    SECRET,
+    MakeProxy,
+    bearer,
+    new_id,
+    recording,
+    respond_with_path,
+    token_of,
+)
 from tests.support.polling_client import PollingClient, poll_request, submit_request
 from tests.support.settings import make_settings
 
@@ -26,16 +32,6 @@ NAMES = [name.decode() for name in REQUEST_TAGS]
 KINDS = pytest.mark.parametrize("kind", ["poll", "submit"])
 
 
-@pytest.fixture
-async def make(fal: FakeFal, tmp_path: Path) -> AsyncIterator[MakeProxy]:
-    async with polled_proxies(fal, tmp_path) as start:
-        yield start
-
-
-def new_id() -> str:
-    return str(uuid4())
-
-
 def request_of(kind: str, *lines: str) -> bytes:
     return poll_request(new_id(), *lines) if kind == "poll" else submit_request(*lines)
 
@@ -43,9 +39,9 @@ def request_of(kind: str, *lines: str) -> bytes:
 @KINDS
 @pytest.mark.parametrize("name", NAMES)
 async def test_other_tags_take_the_fast_path(
-    make: MakeProxy, fal: FakeFal, kind: str, name: str
+    make_proxy: MakeProxy, fal: FakeFal, kind: str, name: str
 ) -> None:
-    proxy = await make()
+    proxy = await make_proxy()
     client = await proxy.client()
     for written in (name, name.title(), name.upper(), name):
         assert await client.status(request_of(kind, f"{written}: {new_id()}")) == 200
@@ -54,8 +50,8 @@ async def test_other_tags_take_the_fast_path(
 
 
 @KINDS
-async def test_a_head_without_tags_has_the_same_route(make: MakeProxy, kind: str) -> None:
-    proxy = await make()
+async def test_a_head_without_tags_has_the_same_route(make_proxy: MakeProxy, kind: str) -> None:
+    proxy = await make_proxy()
     client = await proxy.client()
     for lines in ([], ["CF-Ray: 1"], [], ["X-Request-ID: 2", "CF-Ray: 3"], ["X-Request-ID:4"]):
         assert await client.status(request_of(kind, *lines)) == 200
@@ -64,9 +60,9 @@ async def test_a_head_without_tags_has_the_same_route(make: MakeProxy, kind: str
 
 @KINDS
 async def test_log_and_response_have_the_id_of_each_request(
-    make: MakeProxy, kind: str, caplog: pytest.LogCaptureFixture
+    make_proxy: MakeProxy, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    proxy = await make()
+    proxy = await make_proxy()
     client = await proxy.client()
     values = ["first", "second", "has spaces", "x" * 129, "third", "fourth "]
     with caplog.at_level(logging.INFO, "falproxy.calls"):
@@ -86,21 +82,16 @@ async def test_log_and_response_have_the_id_of_each_request(
 
 @pytest.mark.parametrize("declare", [head_only, any_request_id])
 async def test_middleware_that_is_not_declared_sees_each(
-    make: MakeProxy, monkeypatch: pytest.MonkeyPatch, declare: Callable[[Middleware], Middleware]
+    make_proxy: MakeProxy,
+    monkeypatch: pytest.MonkeyPatch,
+    declare: Callable[[Middleware], Middleware],
 ) -> None:
-    seen = []
-
-    @declare
-    @web.middleware
-    async def record(request: web.Request, handler: Handler) -> web.StreamResponse:
-        seen.append(request.headers["X-Request-ID"])
-        return await handler(request)
-
+    seen: list[str] = []
     monkeypatch.setattr(
         "falproxy.app.authorization",
-        lambda *args, **options: [*authorization(*args, **options), record],
+        lambda *args, **options: [*authorization(*args, **options), recording(seen, declare)],
     )
-    proxy = await make()
+    proxy = await make_proxy()
     client = await proxy.client()
     ids = [new_id() for _ in range(12)]
     for request_id in ids:
@@ -108,19 +99,12 @@ async def test_middleware_that_is_not_declared_sees_each(
     assert seen == (ids if declare is head_only else ids[:1])
 
 
-async def test_middleware_of_the_application_sees_each(make: MakeProxy, fal: FakeFal) -> None:
+async def test_middleware_of_the_application_sees_each(make_proxy: MakeProxy, fal: FakeFal) -> None:
     """It may read any header."""
-    seen = []
-
-    @head_only
-    @web.middleware
-    async def record(request: web.Request, handler: Handler) -> web.StreamResponse:
-        seen.append(request.headers["X-Request-ID"])
-        return await handler(request)
-
+    seen: list[str] = []
     settings = make_settings(fal_key=CANARY, upstream_origin=fal.origin)
     app = create_app(settings)
-    app.middlewares.append(record)
+    app.middlewares.append(recording(seen, head_only))
     server = FastPathTestServer(app)
     await server.start_server()
     assert server.port is not None
@@ -152,10 +136,10 @@ HEAD = poll_request("7e2f0b8a-0001-4000-8000-000000000000", "Accept: x")
         pytest.param(b"CF-Ray-2: 1", id="a longer name"),
     ],
 )
-async def test_other_lines_are_no_tags(make: MakeProxy, tag: bytes) -> None:
+async def test_other_lines_are_no_tags(make_proxy: MakeProxy, tag: bytes) -> None:
     tagged = HEAD.replace(b"\r\nAccept", b"\r\n" + tag + b"\r\nAccept")
     assert split_tags(tagged) == (tagged, None)
-    proxy = await make()
+    proxy = await make_proxy()
     client = await proxy.client()
     assert await client.status(HEAD) == 200
     await client.request(tagged)
@@ -177,13 +161,10 @@ def test_data_that_is_not_one_head_keeps_its_tags(data: bytes) -> None:
 
 
 async def test_split_and_pipelined_requests_with_tags_get_responses_in_order(
-    make: MakeProxy, fal: FakeFal
+    make_proxy: MakeProxy, fal: FakeFal
 ) -> None:
-    async def respond_with_path(request: web.Request) -> web.StreamResponse:
-        return web.json_response({"path": request.path})
-
     fal.respond = respond_with_path
-    proxy = await make()
+    proxy = await make_proxy()
     client = await proxy.client()
     await client.status(HEAD)
     ids = [new_id() for _ in range(8)]
@@ -194,8 +175,8 @@ async def test_split_and_pipelined_requests_with_tags_get_responses_in_order(
     assert all(each in body for each, body in zip(ids, bodies, strict=True))
 
 
-async def test_an_expired_token_is_refused_with_any_tag(make: MakeProxy) -> None:
-    proxy = await make(jwt_secret=SECRET)
+async def test_an_expired_token_is_refused_with_any_tag(make_proxy: MakeProxy) -> None:
+    proxy = await make_proxy(jwt_secret=SECRET)
     client = await proxy.client()
     token = bearer(token_of("ann"))
     expired = bearer(token_of("ann", exp=1))
@@ -205,13 +186,13 @@ async def test_an_expired_token_is_refused_with_any_tag(make: MakeProxy) -> None
     assert proxy.hits == 2
 
 
-async def test_a_hook_that_refuses_is_obeyed_with_any_tag(make: MakeProxy) -> None:
+async def test_a_hook_that_refuses_is_obeyed_with_any_tag(make_proxy: MakeProxy) -> None:
     allowed = True
 
     async def authenticate(request: web.Request) -> Identity | None:
         return Identity("ann", valid_for=0.0) if allowed else None
 
-    proxy = await make(authenticate)
+    proxy = await make_proxy(authenticate)
     client = await proxy.client()
     assert await client.status(submit_request("X-Request-ID: 1")) == 200
     allowed = False

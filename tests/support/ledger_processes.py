@@ -16,7 +16,7 @@ DATABASES = ["sqlite", pytest.param("postgres", marks=pytest.mark.slow)]
 
 
 @asynccontextmanager
-async def ledger_processes(
+async def open_ledger_processes(
     request: pytest.FixtureRequest, folder: Path
 ) -> AsyncIterator[LedgerProcesses]:
     """Context: the processes of a fixture whose parameter is one of DATABASES."""

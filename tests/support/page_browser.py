@@ -4,7 +4,7 @@ import io
 import os
 import random
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -30,6 +30,23 @@ from tests.support.settings import make_settings
 BOTH = ("light", "dark")
 WIDTHS = (1440, 768, 360)
 KONTEXT = "fal-ai/flux-pro/kontext"
+# Adds a job with a result for each prompt, the oldest first.
+FILL_HISTORY = """async ([prompts, url]) => {
+  const db = await new Promise((resolve) => {
+    const request = indexedDB.open('falproxy:/');
+    request.onsuccess = () => resolve(request.result);
+  });
+  const store = db.transaction('jobs', 'readwrite').objectStore('jobs');
+  prompts.forEach((prompt, number) =>
+    store.put({
+      id: `old-${number}`, state: 'done', created: 1e12 + number * 1000, prompt,
+      endpoint: 'fal-ai/flux/dev', model: 'FLUX.1 [dev]',
+      images: [{ url, kind: number % 10 ? 'image' : 'video' }],
+    }),
+  );
+  await new Promise((resolve) => (store.transaction.oncomplete = resolve));
+  db.close();
+}"""
 
 
 @dataclass(slots=True)
@@ -89,6 +106,12 @@ class Visitor:
         self, prompt: str, model: str | None = None, image: Path | None = None
     ) -> None:
         """Fill in the form and submit it."""
+        await self.fill_form(prompt, model, image)
+        await self.act("click", selector="#submit")
+
+    async def fill_form(
+        self, prompt: str, model: str | None = None, image: Path | None = None
+    ) -> None:
         if model is not None:
             await self.choose_model(model)
         elif image is not None:
@@ -98,12 +121,15 @@ class Visitor:
             await self.act("setFiles", paths=[str(image)])
             await self.wait_for(".chosen-images li")
         await self.act("fill", label="Prompt", text=prompt)
-        await self.act("click", selector="#submit")
 
     async def wait_for_results(self, count: int, **options: object) -> None:
         """Wait until the history has this number of results."""
         code = "(count) => document.querySelectorAll('.thumbnails li').length === count"
         await self.wait_until(code, count, **options)
+
+    async def fill_history(self, prompts: Sequence[str], image_url: str) -> None:
+        """Add results, the oldest first, which are shown after a reload; every tenth is a video."""
+        await self.evaluate(FILL_HISTORY, [prompts, image_url])
 
     async def check_appearance(self, name: str, prepare: str | None = None) -> None:
         """Fail if `find_flaws` finds any."""

@@ -7,8 +7,11 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import jwt
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
 
 from falproxy import create_app
 from falproxy.middleware.access import AuthHook
@@ -27,6 +30,30 @@ SECRET = "a-secret-that-is-long-enough-for-hmac-with-sha-512-so-that-nothing-war
 def token_of(subject: str, *, secret: str = SECRET, **changes: object) -> str:
     claims = {"sub": subject, "aud": "authenticated", "exp": time.time() + 60} | changes
     return jwt.encode(claims, secret)
+
+
+def new_id() -> str:
+    return str(uuid4())
+
+
+async def respond_with_path(request: web.Request) -> web.StreamResponse:
+    """A response of fal."""
+    return web.json_response({"path": request.path})
+
+
+def recording(seen: list[str], declare: Callable[[Middleware], Middleware]) -> Middleware:
+    """Return a middleware that reads each request, and records its X-Request-ID.
+
+    declare: for the fast path.
+    """
+
+    @web.middleware
+    async def record(request: web.Request, handler: Handler) -> web.StreamResponse:
+        await request.read()
+        seen.append(request.headers.get("X-Request-ID", ""))
+        return await handler(request)
+
+    return declare(record)
 
 
 def bearer(token: str) -> str:
