@@ -36,6 +36,7 @@ class DbConnection(Protocol):
 
     dialect: of its SQL.
     begin_statement: begins a transaction that writes.
+    begin_read: begin a transaction with one query, which may take long.
     begin_exclusive: begin a transaction that excludes schema changes by other processes.
     lock_sums_query: returns whether no other transaction changes records or computes sums until
         the end of this one. It does not wait.
@@ -46,6 +47,7 @@ class DbConnection(Protocol):
 
     dialect: SqlDialect
     begin_statement: str
+    begin_read: tuple[str, ...]
     begin_exclusive: tuple[str, ...]
     lock_sums_query: str
     table_exists_query: str
@@ -190,9 +192,17 @@ class LedgerDatabase:
 
     async def read(self, statement: str, row: Row = ()) -> list[Row]:
         """Execute one query, which may take long and does not block writes."""
+
+        async def fetch(connection: DbConnection) -> list[Row]:
+            for each in connection.begin_read:
+                await connection.fetch(each)
+            rows = await connection.fetch(statement, row)
+            await connection.fetch("COMMIT")
+            return rows
+
         if not self._is_migrated:
             await self.execute(self._schema.select_version)
-        return await self._reader.run(lambda connection: connection.fetch(statement, row))
+        return await self._reader.run(fetch)
 
     async def is_created(self) -> bool:
         """Return whether the schema exists. Other operations create it."""

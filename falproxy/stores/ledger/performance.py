@@ -50,7 +50,11 @@ def sample_query(own_calls: str) -> str:
 def failures_query(own_calls: str) -> str:
     """Return the query of the failures from $1 to $2. $3: start of the present period, before which
     failures are those of the previous one; $4: length of an interval; $5: the caller; $6: start of
-    the first interval."""
+    the first interval.
+
+    The few outcomes that were written before their record are read first, whatever the planner
+    expects: with an expression of the outcome's id, only the index of the records can be used.
+    """
     own = own_calls.format
     return f"""
         WITH failures AS (
@@ -71,7 +75,7 @@ def failures_query(own_calls: str) -> str:
             UNION ALL
             SELECT e.at, o.status, COALESCE(o.error, o.error_type), e.endpoint
             FROM falproxy_outcomes AS o CROSS JOIN falproxy_entries AS e
-            WHERE o.status >= 400 AND o.call_at IS NULL AND e.request_id = o.request_id
+            WHERE o.status >= 400 AND o.call_at IS NULL AND e.request_id = o.request_id || ''
                 AND e.at >= $1 AND e.at < $2 AND e.status < 400 AND e.error IS NULL
                 {own("e.principal")}
         ),

@@ -20,8 +20,15 @@ from falproxy.stores.ledger.statements import LEDGER_SCHEMA
 
 SYSTEM = "postgresql"  # in traces
 CONNECT_TIMEOUT = 3.0  # seconds
-# The compilation of a report's query takes longer than the query. Servers without it have no row.
-DISABLE_JIT = "SELECT set_config('jit', 'off', false) FROM pg_settings WHERE name = 'jit'"
+# Queries of the ledger read ranges of indexes, and look up the outcome of each record. PostgreSQL
+# cannot estimate the rows of a range whose limits are computed: without these settings it reads
+# whole tables, and compiles queries for longer than they run. They end with the transaction, since
+# poolers give the connection to other clients then. Servers without a setting have no row of it.
+PLAN_INDEX_SCANS = """
+    SELECT set_config(name, 'off', true) FROM pg_settings WHERE name IN (
+        'jit', 'enable_bitmapscan', 'enable_hashjoin', 'enable_material', 'enable_mergejoin'
+    )
+"""
 # The time of the statement, the same for all rows that it writes.
 NOW = "CAST(extract(epoch FROM statement_timestamp()) * 1000 AS BIGINT)"
 INVALID_ROW_ERRORS = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, UnicodeError)
@@ -54,6 +61,7 @@ class PostgresConnection:
 
     dialect: SqlDialect = "postgres"
     begin_statement = "BEGIN"
+    begin_read: tuple[str, ...] = ("BEGIN READ ONLY", PLAN_INDEX_SCANS)
     # The number of the advisory lock is arbitrary; other applications should not use the same.
     begin_exclusive: tuple[str, ...] = (begin_statement, "SELECT pg_advisory_xact_lock(7065834219)")
     # The lock of the triggers in `period_sums`.
@@ -91,7 +99,11 @@ class PostgresFactory:
 
     async def connect(self) -> PostgresConnection:
         try:
-            connection = await open_connection(self._url)
+            # Poolers such as Supabase's may run each transaction on another connection, where the
+            # statements prepared before do not exist.
+            connection = await asyncpg.connect(
+                self._url, timeout=CONNECT_TIMEOUT, statement_cache_size=0
+            )
         except (*DATABASE_ERRORS, ValueError) as error:
             message = connect_error_message(error)
         else:
@@ -101,19 +113,6 @@ class PostgresFactory:
 
     async def wait_terminated(self) -> None:
         """Return immediately: `terminate` closes the socket."""
-
-
-async def open_connection(url: str) -> asyncpg.Connection:
-    """Return a connection for the statements of a ledger. Raises: DATABASE_ERRORS, ValueError."""
-    # Poolers such as Supabase's may run each transaction on another connection, where the
-    # statements prepared before do not exist.
-    connection = await asyncpg.connect(url, timeout=CONNECT_TIMEOUT, statement_cache_size=0)
-    try:
-        await connection.execute(DISABLE_JIT, timeout=CONNECT_TIMEOUT)
-    except BaseException:
-        connection.terminate()
-        raise
-    return connection
 
 
 def postgres_ledger(url: str) -> SqlLedger:

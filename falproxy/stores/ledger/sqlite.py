@@ -41,6 +41,7 @@ ClosingFutures = set["asyncio.Future[Any]"]
 class SqliteConnection:
     dialect: SqlDialect = "sqlite"
     begin_statement = "BEGIN IMMEDIATE"
+    begin_read: tuple[str, ...] = ("BEGIN",)
     begin_exclusive: tuple[str, ...] = (begin_statement,)
     lock_sums_query = "SELECT 1"  # BEGIN IMMEDIATE excludes others
     table_exists_query = "SELECT 1 FROM sqlite_master WHERE name = $1"
