@@ -52,6 +52,7 @@ UNITS_HEADER = "x-fal-billable-units"
 NOT_JOB_STATUSES = (401, 403, 404, 405)
 AMBIGUOUS_STATUS = 400
 FINAL_HEADERS = (UNITS_HEADER, "x-fal-error-type", "x-fal-retryable")
+CANCELLED = "client_cancelled"  # the error type of fal's result of a cancelled job
 # After these errors fal may have processed the call, and charges it.
 POSSIBLY_PAID_ERRORS = ("upstream_broken", "upstream_timeout")
 
@@ -90,6 +91,11 @@ def account_calls(writer: LedgerWriter, prices: PriceBook, metrics: Metrics) -> 
                 await job_end.record(writer, response, metrics.job_times.pop(request_id))
                 add_headers(response, job_end.cost_headers())
             return response
+        if operation is Operation.CANCEL and call.method == hdrs.METH_PUT:
+            response = await handler(request)
+            if response.status < AMBIGUOUS_STATUS:
+                record_cancellation(writer, call.target.request_id or "", response.status)
+            return response
         if not is_model_call(call.method, call.target):
             return await handler(request)
         endpoint = model_of(call.target)
@@ -103,6 +109,24 @@ def account_calls(writer: LedgerWriter, prices: PriceBook, metrics: Metrics) -> 
         return await handle_recorded(request, record, handler)
 
     return account_calls_middleware
+
+
+def record_cancellation(writer: LedgerWriter, request_id: str, status: int) -> None:
+    """Write the outcome of a job whose cancellation fal accepted. The result replaces it if the job
+    ends nevertheless: then it is charged, and its expected cost counts until that is known.
+
+    status: 200 if the job was removed from the queue, 202 if it may be running.
+    """
+    is_free = status == web.HTTPOk.status_code or is_virtual_id(request_id)
+    writer.enqueue(
+        Outcome(
+            request_id=request_id,
+            status=CLIENT_CLOSED_REQUEST,
+            settled=0 if is_free else None,
+            error_type=CANCELLED,
+            ended_at=time.time(),
+        )
+    )
 
 
 def record_context(request: web.Request) -> RecordContext:

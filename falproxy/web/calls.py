@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
 from aiohttp import hdrs, web
 
@@ -39,6 +40,17 @@ EXPORT_CALLS_MAX = 100_000
 CSV_TYPE = "text/csv"
 CSV_NAME = 'attachment; filename="falproxy-calls.csv"'
 PARAMETERS = ("since", "until", "limit", "after", *FILTERS)
+
+
+class RunningJobs(NamedTuple):
+    """Numbers of jobs that were submitted in the hour before, and are not known to have ended; None
+    if the ledger is unavailable.
+
+    before: at the time that lies the length of the period before now.
+    """
+
+    now: int | None
+    before: int | None
 
 
 class CallHandlers:
@@ -89,22 +101,31 @@ class CallHandlers:
         return await self._respond(cache_key, compute)
 
     async def get_state(self, request: web.Request) -> web.StreamResponse:
-        """Handler for GET of `/api/usage/state`. Raises: ProxyError 403."""
+        """Handler for GET of `/api/usage/state`. Raises: ProxyError 400, 403."""
         self._visibility.require_admin(request)
         other_workers = request.app.get(WORKER_SNAPSHOTS)
+        period = parse_range(request)
         others = await other_workers() if other_workers is not None else ()
         snapshot = merge_snapshots([self._metrics.snapshot(), *others])
-        running_jobs = None
-        try:
-            running_jobs = json.loads(await self._cache.get("jobs", self._count_jobs))
-        except LedgerError as error:
-            logger.info("The ledger was not read: %s", error)
+        running_jobs = await self._running_jobs(round(period.until - period.since))
         document = state_json(snapshot, 1 + len(others), running_jobs)
         document["budgets"] = self._budgets
         return json_response(json.dumps(document).encode())
 
-    async def _count_jobs(self) -> bytes:
-        return json.dumps(await count_unfinished_jobs(self._ledger, time.time())).encode()
+    async def _running_jobs(self, seconds: int) -> RunningJobs:
+        """Return the numbers of running jobs now, and this many seconds ago."""
+
+        async def compute() -> bytes:
+            now = time.time()
+            times = (now, now - seconds)
+            counts = [await count_unfinished_jobs(self._ledger, at) for at in times]
+            return json.dumps(counts).encode()
+
+        try:
+            return RunningJobs(*json.loads(await self._cache.get(("jobs", seconds), compute)))
+        except LedgerError as error:
+            logger.info("The ledger was not read: %s", error)
+            return RunningJobs(None, None)
 
     async def _respond(
         self, cache_key: Hashable, compute: Callable[[], Coroutine[object, object, bytes]]
@@ -180,11 +201,10 @@ def json_response(body: bytes) -> web.Response:
     return response
 
 
-def state_json(snapshot: Snapshot, workers: int, running_jobs: int | None) -> Json:
+def state_json(snapshot: Snapshot, workers: int, running_jobs: RunningJobs) -> Json:
     """Return the states of the proxy and of the services and stores that it depends on.
 
     since: of a dependency: its last change; None since the start.
-    running_jobs: of the last hour, whose result was not fetched; None if the ledger is unavailable.
     """
     health, started_at = snapshot["health"], snapshot["process"].get("process_start_time_seconds")
     return {
@@ -194,7 +214,8 @@ def state_json(snapshot: Snapshot, workers: int, running_jobs: int | None) -> Js
         "worker_restarts": health.get("worker_restarts", 0),
         "in_progress": snapshot["in_progress"],
         "connections": snapshot["connections"],
-        "running_jobs": running_jobs,
+        "running_jobs": running_jobs.now,
+        "running_jobs_before": running_jobs.before,
         "dependencies": [
             {
                 "name": name,

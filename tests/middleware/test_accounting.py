@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from aiohttp import FormData, web
 
+from falproxy.middleware.accounting import record_cancellation
 from falproxy.stores.ledger import CallRecord
-from falproxy.stores.ledger.writer import LEDGER_WRITER
+from falproxy.stores.ledger.writer import LEDGER_WRITER, LedgerWriter
 from tests.support.fake_fal import FakeFal
 from tests.support.key_search import SECRET
 from tests.support.sandbox_proxy import (
@@ -54,16 +55,24 @@ async def get_request(
     return await proxy.call_target(f"https://queue.fal.run/{app}/requests/{request_id}{verb}")
 
 
-async def fetch_result(proxy: SandboxProxy, request_id: str, app: str = "fal-ai/flux") -> Reply:
-    """Wait until a job has ended, and return its result."""
+async def wait_completed(proxy: SandboxProxy, request_id: str, app: str = "fal-ai/flux") -> None:
     while (await get_request(proxy, request_id, "/status", app)).document["status"] != "COMPLETED":
         await asyncio.sleep(0.01)
+
+
+async def fetch_result(proxy: SandboxProxy, request_id: str, app: str = "fal-ai/flux") -> Reply:
+    """Wait until a job has ended, and return its result."""
+    await wait_completed(proxy, request_id, app)
     return await get_request(proxy, request_id, "", app)
 
 
 async def single_record(proxy: SandboxProxy) -> CallRecord:
     (record,) = await proxy.records()
     return record
+
+
+def writer(proxy: SandboxProxy) -> LedgerWriter:
+    return proxy.app[LEDGER_WRITER]
 
 
 def outcomes(proxy: SandboxProxy) -> list[dict[str, Any]]:
@@ -212,8 +221,35 @@ class TestQueuedJobs:
         request_id = await submit(proxy, DEV, ENDLESS)
         target = f"https://queue.fal.run/fal-ai/flux/requests/{request_id}/cancel"
         assert (await proxy.call_target(target, method="PUT")).status == 202
+        record = await single_record(proxy)
+        assert (record.status, record.error_type, record.settled) == (499, "client_cancelled", None)
         await fetch_result(proxy, request_id)
+        record = await single_record(proxy)
+        assert (record.status, record.settled) == (499, 0)
+
+    async def test_that_end_before_they_are_cancelled_are_paid(self, proxy: SandboxProxy) -> None:
+        request_id = await submit(proxy, DEV, DRAW)
+        target = f"https://queue.fal.run/fal-ai/flux/requests/{request_id}"
+        await wait_completed(proxy, request_id)
+        assert (await proxy.call_target(f"{target}/cancel", method="PUT")).status == 400
+        assert outcomes(proxy) == []
+
+    async def test_that_complete_although_they_are_cancelled_have_their_result(
+        self, proxy: SandboxProxy
+    ) -> None:
+        request_id = await submit(proxy, DEV, DRAW)
+        record_cancellation(writer(proxy), request_id, 202)
         assert (await single_record(proxy)).status == 499
+        await wait_completed(proxy, request_id)
+        await fetch_result(proxy, request_id)
+        record = await single_record(proxy)
+        assert (record.status, record.error_type) == (200, None)
+        assert record.settled == record.estimated
+
+    async def test_that_leave_a_queue_cost_nothing(self, proxy: SandboxProxy) -> None:
+        request_id = await submit(proxy, DEV, ENDLESS)
+        record_cancellation(writer(proxy), request_id, 200)
+        assert (await single_record(proxy)).settled == 0
 
     async def test_have_no_outcome_while_they_run(self, proxy: SandboxProxy) -> None:
         request_id = await submit(proxy, DEV, ENDLESS)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from falproxy.stores.ledger import QueryReader
-from falproxy.stores.ledger.call_list import MS, STATUS, SUBMITTED, TOTAL_MS
+from falproxy.stores.ledger.call_list import ENDED_AT, MS, STATUS, SUBMITTED, TOTAL_MS
 from falproxy.stores.ledger.rows import Row, to_ms
 
 # Lengths of intervals in seconds; a period has the shortest that divides it into INTERVALS_MAX.
@@ -116,13 +116,15 @@ FAILURES_QUERIES = {
 
 RECENT_SECONDS = 3600.0
 RECENT_ROWS = 20_000
-# Jobs of the last hour whose result was not fetched, among the newest calls.
+# Jobs that had not ended at $2, or whose result was not fetched, among the newest calls since $1.
 UNFINISHED_JOBS = f"""
     SELECT COUNT(*) FROM (
-        SELECT * FROM falproxy_entries WHERE at >= $1 ORDER BY at DESC LIMIT {RECENT_ROWS}
+        SELECT * FROM falproxy_entries WHERE at >= $1 AND at < $2
+        ORDER BY at DESC LIMIT {RECENT_ROWS}
     ) AS e
     WHERE {SUBMITTED} AND e.request_id IS NOT NULL AND NOT EXISTS (
-        SELECT 1 FROM falproxy_outcomes AS o WHERE o.request_id = e.request_id
+        SELECT 1 FROM falproxy_outcomes AS o
+        WHERE o.request_id = e.request_id AND {ENDED_AT} <= $2
     )
 """
 
@@ -302,8 +304,9 @@ async def read_failures(
     return [counts[number] for number in range(intervals.count)], kinds
 
 
-async def count_unfinished_jobs(reader: QueryReader, now: float) -> int:
-    """Return the number of jobs of the last hour whose result was not fetched. Raises:
-    LedgerError."""
-    ((count,),) = await reader.read(UNFINISHED_JOBS, (to_ms(now - RECENT_SECONDS),))
+async def count_unfinished_jobs(reader: QueryReader, at: float) -> int:
+    """Return the number of jobs that ran at a time: submitted in the hour before, and not known to
+    have ended. Raises: LedgerError."""
+    limits = (to_ms(at - RECENT_SECONDS), to_ms(at))
+    ((count,),) = await reader.read(UNFINISHED_JOBS, limits)
     return int(count)

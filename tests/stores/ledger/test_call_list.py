@@ -282,5 +282,8 @@ def test_the_intervals_cover_a_period(seconds: float) -> None:
 async def test_jobs_whose_result_was_not_fetched_are_counted(ledger: Ledger) -> None:
     await ledger.write(CALLS)
     assert await count_unfinished_jobs(ledger, NOON + 60) == 1
+    await ledger.write([job("later", 30), ended("later", 90, 200)])
+    assert await count_unfinished_jobs(ledger, NOON + 60) == 2
+    assert await count_unfinished_jobs(ledger, NOON + 91) == 1
     assert await count_unfinished_jobs(ledger, NOON + 2 * HOUR) == 0
     assert await count_unfinished_jobs(ledger, time.time() + DAY * 10_000) == 0

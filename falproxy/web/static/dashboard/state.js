@@ -4,6 +4,7 @@ import { byId, el } from "../dom.js";
 import { formatCount, formatQuantity, formatWhen } from "./format.js";
 import { showBudgets } from "./tables.js";
 import { setTile } from "./tiles_and_charts.js";
+import { rangeQuery } from "./time_range.js";
 
 const NAMES = {
   fal: "fal.ai",
@@ -29,17 +30,19 @@ export async function showState(isVisible, signal) {
   if (!isVisible) {
     return;
   }
-  const response = await fetchFromProxy("api/usage/state", { signal });
+  const response = await fetchFromProxy(`api/usage/state?${rangeQuery()}`, { signal });
   if (!response.ok) {
     byId("state-panel").hidden = true;
     return;
   }
   const state = await response.json();
   const jobs = state.running_jobs === null ? "unknown" : formatCount(state.running_jobs);
+  const jobsBefore = state.running_jobs_before;
   setTile(
     "in-flight",
     jobs,
     `jobs of the last hour; ${formatQuantity(state.in_progress, "request")} open`,
+    jobsBefore === null ? "" : `${formatCount(jobsBefore)} before`,
   );
   byId("state").replaceChildren(
     ...state.dependencies.map(dependencyItem),
