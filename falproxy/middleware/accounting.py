@@ -33,6 +33,7 @@ from falproxy.proxy.call import (
     PRICED_INPUTS,
     PRINCIPAL,
     REQUEST_ID,
+    STORED_SECONDS,
     UPSTREAM_SECONDS,
     USER,
     LateOutcome,
@@ -88,6 +89,7 @@ def account_calls(writer: LedgerWriter, prices: PriceBook, metrics: Metrics) -> 
             request_id = call.target.request_id or ""
             if is_final(response):
                 job_end = JobEnd(request_id, response, pending_charges.find(request_id))
+                job_end.stored_seconds = request.get(STORED_SECONDS)
                 await job_end.record(writer, response, metrics.job_times.pop(request_id))
                 add_headers(response, job_end.cost_headers())
             return response
@@ -145,7 +147,7 @@ async def handle_recorded(
     request: web.Request, record: "OpenRecord", handler: Handler
 ) -> web.StreamResponse:
     if LATE_OUTCOME in request:  # an earlier call: `dialects/queue_client.py` makes several
-        for key in (CACHE_OUTCOME, CACHED_RESULT, UPSTREAM_SECONDS):
+        for key in (CACHE_OUTCOME, CACHED_RESULT, UPSTREAM_SECONDS, STORED_SECONDS):
             request.pop(key, None)
     request.pop(PRICED_INPUTS, None)
     request[LATE_OUTCOME] = LateOutcome(record.complete_late)
@@ -166,6 +168,7 @@ async def handle_recorded(
         request_id = upstream_headers(response).get(FAL_REQUEST_ID)
         complete_error = partial(record.complete_error, response.status, request_id)
         record.error_type = await find_error_type(response, complete_error)
+    record.stored_seconds = request.get(STORED_SECONDS)
     cost_headers = record.complete(
         response.status,
         upstream_headers(response),
@@ -204,6 +207,7 @@ class JobEnd:
     share the job of another request or have a cached result, and are free.
 
     charge: None if another process submitted the job.
+    stored_seconds: time to store the files of the result.
     """
 
     def __init__(
@@ -216,6 +220,7 @@ class JobEnd:
         self._settled: int | None = 0
         self._error_type: str | None = None
         self._job_time: JobTime | None = None
+        self.stored_seconds: float | None = None
         if is_virtual_id(request_id):
             return
         self._units = parse_units(response.headers.get(UNITS_HEADER))
@@ -270,6 +275,7 @@ class JobEnd:
                 error_type=self._error_type,
                 ended_at=None if job_time is None else job_time.ended_at,
                 run_seconds=None if job_time is None else job_time.run_seconds,
+                stored_seconds=self.stored_seconds,
             )
         )
 
@@ -307,6 +313,7 @@ class OpenRecord:
     error_type: type of fal's error, if its response has begun with it.
     inputs: those that the price depends on; None if they are unknown.
     proxy_request_id: as in the access log.
+    stored_seconds: time to store the files of the result.
     """
 
     __slots__ = (
@@ -318,6 +325,7 @@ class OpenRecord:
         "error_type",
         "inputs",
         "proxy_request_id",
+        "stored_seconds",
     )
 
     def __init__(self, template: RecordTemplate) -> None:
@@ -325,6 +333,7 @@ class OpenRecord:
         self.inputs: Mapping[str, object] | None = None
         self.proxy_request_id: str | None = None
         self.error_type: str | None = None
+        self.stored_seconds: float | None = None
         self._charge = Charge(template.endpoint, template.prices, template.metrics)
         self._placeholder_id: str | None = None  # used if fal's request id is not received
         self._created_at, self._started = time.time(), time.perf_counter()
@@ -466,6 +475,7 @@ class OpenRecord:
                 settled=settled,
                 proxy_request_id=self.proxy_request_id,
                 error_type=self.error_type,
+                stored_seconds=self.stored_seconds,
             )
         )
 

@@ -1,5 +1,6 @@
 """Middleware that re-hosts outputs: stores the files that a result names, and rewrites its URLs."""
 
+import time
 import weakref
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -12,7 +13,7 @@ from aiohttp.typedefs import Handler, Middleware
 from falproxy.errors import ProxyError, TemporaryError
 from falproxy.fal.file_urls import URL_KEY
 from falproxy.fal.target import Operation
-from falproxy.proxy.call import CALL, REHOST_STATUS, REPEAT_IS_FREE
+from falproxy.proxy.call import CALL, REHOST_STATUS, REPEAT_IS_FREE, STORED_SECONDS
 from falproxy.proxy.forward import DOCUMENT_MAX, JSON_TYPE, RelayedResponse
 from falproxy.proxy.head_only import any_request_id
 from falproxy.proxy.local_responses import LocalDocument
@@ -123,8 +124,10 @@ async def rehost_document(
     if document is None:
         report_statuses(request, response, Counter([RehostStatus.TOO_LARGE]), rehosting)
         return
+    started = time.perf_counter()
     rewritten, statuses = await rehosting.rehoster.rewrite(document)
     if statuses:
+        request[STORED_SECONDS] = time.perf_counter() - started
         report_statuses(request, response, statuses, rehosting)
     localized = await rehosting.rehoster.localize(rewritten, rehosting.base_url(request))
     if localized != document:

@@ -85,6 +85,8 @@ USES_ROTATION = web.RequestKey("falproxy.uses_rotation", bool)
 REPEAT_IS_FREE = web.RequestKey("falproxy.repeat_is_free", bool)
 # The value of the response header `x-falproxy-rehost`.
 REHOST_STATUS = web.RequestKey("falproxy.rehost_status", str)
+# Seconds until the files of a result were stored; not set if it has none.
+STORED_SECONDS = web.RequestKey("falproxy.stored_seconds", float)
 # The cache outcome of a cacheable call: hit, miss, collapsed or bypass.
 CACHE_OUTCOME = web.RequestKey("falproxy.cache_outcome", str)
 # The inputs of a model call that its price may depend on; not set if they cannot be read.

@@ -215,13 +215,16 @@ async def test_a_success_replaces_a_failure_and_is_final(ledger: Ledger) -> None
 @pytest.mark.parametrize("is_early", [True, False], ids=["before its record", "after it"])
 async def test_the_first_times_of_an_outcome_are_kept(ledger: Ledger, is_early: bool) -> None:
     submit = record(id="c", request_id="r", operation="submit")
-    ended = Outcome(request_id="r", status=200, ended_at=NOON + 3, run_seconds=2.5)
-    again = Outcome(request_id="r", status=200, ended_at=NOON + 60)
+    ended = Outcome(
+        request_id="r", status=200, ended_at=NOON + 3, run_seconds=2.5, stored_seconds=0.4
+    )
+    again = Outcome(request_id="r", status=200, ended_at=NOON + 60, stored_seconds=0.0)
     rows: list[CallRecord | Outcome] = [submit, ended, again]
     for row in rows[1:] + rows[:1] if is_early else rows:
         await ledger.write([row])
     ((call,), _) = await list_calls(ledger, CallQuery(), 10)
     assert (call.ended_at, call.run_seconds) == (NOON + 3, 2.5)
+    assert call.record.stored_seconds == 0.4
 
 
 AMOUNTS = [
@@ -730,7 +733,7 @@ def test_migrations_after_the_oldest_reader_only_add(schema: Schema, dialect: Sq
     added = re.compile(
         r"\s*(CREATE TABLE|CREATE INDEX|INSERT INTO falproxy_open_periods)|"
         r"CREATE( OR REPLACE)? (TRIGGER|FUNCTION)|DROP TRIGGER IF EXISTS|"
-        r"ALTER TABLE \w+ ADD COLUMN \w+ \w+( NOT NULL DEFAULT \S+| DEFAULT \S+)?$"
+        r"ALTER TABLE \w+ ADD COLUMN \w+ \w+( PRECISION)?( NOT NULL DEFAULT \S+| DEFAULT \S+)?$"
     )
     for statement in schema.migrations_after(schema.min_reader, dialect):
         assert added.match(statement), f"raise min_reader: {statement}"

@@ -120,7 +120,8 @@ async def test_the_numbers_equal_those_of_the_command_line_and_the_metrics(
     assert [row[2] for row in shown["latest"]] == ["200", "200", failed, "200"]
     assert not shown["isEmpty"]
     assert all(" ms" in text or " s" in text for text in shown["tiles"]["latency"][:1])
-    assert shown["tiles"]["in-flight"][0] == "0"
+    jobs, _, jobs_before = shown["tiles"]["in-flight"]
+    assert (jobs, jobs_before) == ("0", "0 before")
     assert any(text.startswith("fal.ai") and "works" in text for text in shown["states"])
 
 

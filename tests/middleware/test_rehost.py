@@ -19,7 +19,10 @@ from aiohttp.test_utils import TestClient, unused_port
 import falproxy
 from falproxy.middleware.rehost import LARGE_DOCUMENTS_MAX, SMALL_DOCUMENT_MAX
 from falproxy.proxy.forward import DOCUMENT_MAX, LINE_MAX
+from falproxy.proxy.local_responses import FAL_REQUEST_ID
 from falproxy.stores.files.rehosting import SIZE_MAX
+from falproxy.stores.ledger import UsageQuery
+from falproxy.stores.ledger.writer import LEDGER_WRITER
 from tests.support.fake_fal import FakeFal
 from tests.support.fake_queue import (
     CAT,
@@ -222,6 +225,22 @@ async def test_a_result_has_the_urls_of_stored_files(
     assert response.headers["Content-Length"] == str(len(raw))
     assert response.headers["Content-Type"] == "application/json"
     assert await seen_at(gateway, stored_url(gateway)) == png()
+
+
+@pytest.mark.parametrize("is_job", [False, True], ids=["a run", "a job"])
+async def test_the_ledger_has_the_time_to_store_the_files(
+    gateway: Gateway, fal: FakeFal, cdn: FalCdn, is_job: bool
+) -> None:
+    if is_job:
+        fal.respond = set_response(f'{{"request_id": "{ID}"}}', headers={FAL_REQUEST_ID: ID})
+        await send(gateway, "POST", PROXY, "https://queue.fal.run/fal-ai/flux/dev")
+    fal.respond = set_response(document_of(1), headers={FAL_REQUEST_ID: ID})
+    await (result_of(gateway) if is_job else send(gateway, "POST", PROXY, DEV))
+    writer = gateway.client.app[LEDGER_WRITER]
+    await until(lambda: writer.pending_rows == 0)
+    (record,) = await writer.ledger.latest(UsageQuery())
+    assert record.stored_seconds is not None
+    assert 0 < record.stored_seconds <= 5
 
 
 MP4 = b"\0\0\0\x20ftypisom\0\0\x02\0isomiso2avc1mp41" + bytes(100)

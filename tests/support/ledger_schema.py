@@ -1,6 +1,6 @@
 """Statements that undo migrations of the ledger, for tests that apply them again."""
 
-# Of the times and the types of errors of jobs.
+# Of the times and the types of errors of calls.
 UNDO_CALL_TIMES = (
     *(
         f"DROP INDEX falproxy_{name}"
@@ -11,4 +11,6 @@ UNDO_CALL_TIMES = (
         for name in ("error_type", "ended_at", "run_ms", "call_at", "endpoint", "principal")
     ),
     "ALTER TABLE falproxy_entries DROP COLUMN error_type",
+    "ALTER TABLE falproxy_entries DROP COLUMN stored_seconds",
+    "ALTER TABLE falproxy_outcomes DROP COLUMN stored_seconds",
 )

@@ -58,6 +58,7 @@ class CallRecord:
     units: fal's billable units.
     estimated: expected price, or the price that a cache hit saved.
     settled: actual price, if known; 0 for a call that was not sent to fal.
+    stored_seconds: time to store the files of the result; None if it has none.
     """
 
     at: float
@@ -77,6 +78,7 @@ class CallRecord:
     settled: int | None = None
     proxy_request_id: str | None = None
     error_type: str | None = None
+    stored_seconds: float | None = None
     id: str = field(default_factory=new_id)
 
 
@@ -92,6 +94,7 @@ class Outcome:
     ended_at: when the caller could first know of the end, in seconds since 1970; the first value is
         kept. None leaves the time of the write.
     run_seconds: time that the job ran at fal, without the time in the queue.
+    stored_seconds: time to store the files of the result, when it was fetched first.
     """
 
     request_id: str
@@ -102,6 +105,7 @@ class Outcome:
     error_type: str | None = None
     ended_at: float | None = None
     run_seconds: float | None = None
+    stored_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,8 +31,8 @@ FILTERS = (*TEXT_FILTERS, "status", "min_seconds", "min_cost", "request_id")
 # Columns of a call as CSV.
 CSV_COLUMNS = (
     "at", "endpoint", "operation", "status", "error", "cache", "principal", "user", "spent",
-    "total_seconds", "queue_seconds", "run_seconds", "own_seconds", "ended_at", "request_id",
-    "proxy_request_id", "route",
+    "total_seconds", "queue_seconds", "run_seconds", "own_seconds", "stored_seconds", "ended_at",
+    "request_id", "proxy_request_id", "route",
 )  # fmt: skip
 # A spreadsheet would calculate texts that begin so.
 FORMULA_START = ("=", "+", "-", "@", "\t", "\r")
@@ -111,6 +111,7 @@ def listed_call_json(call: ListedCall) -> Json:
         "queue_seconds": rounded(call.queue_seconds),
         "run_seconds": rounded(call.run_seconds),
         "own_seconds": rounded(call.own_seconds),
+        "stored_seconds": rounded(call.record.stored_seconds),
     }
 
 

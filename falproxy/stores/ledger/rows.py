@@ -121,7 +121,8 @@ def outcome_to_row(outcome: Outcome) -> Row:
         None if each is None else to_ms(each) for each in (outcome.ended_at, outcome.run_seconds)
     ]
     # The request id is truncated as that of the record, so that the two still match.
-    return tuple(map(column_value, (outcome.request_id, *values, outcome.error_type, *times)))
+    later = outcome.error_type, *times, outcome.stored_seconds
+    return tuple(map(column_value, (outcome.request_id, *values, *later)))
 
 
 def query_to_row(query: UsageQuery) -> Row:

@@ -10,7 +10,7 @@ from falproxy.stores.ledger.schema import DialectStatements, Schema
 RECORD_COLUMNS = (
     "id", "at", "route", "status", "principal", "user_id", "operation", "endpoint", "request_id",
     "error", "cache", "seconds", "upstream_seconds", "units", "estimated", "settled",
-    "proxy_request_id", "error_type",
+    "proxy_request_id", "error_type", "stored_seconds",
 )  # fmt: skip
 JOB_COLUMNS = (
     "id", "owner", "user_id", "model", "endpoint", "app", "request_id", "key_mark", "status",
@@ -86,6 +86,10 @@ MIGRATIONS: tuple[tuple[str | DialectStatements, ...], ...] = (
         )""",
         "CREATE INDEX IF NOT EXISTS falproxy_starts_by_time ON falproxy_starts (at)",
     ),
+    (
+        "ALTER TABLE falproxy_entries ADD COLUMN stored_seconds DOUBLE PRECISION",
+        "ALTER TABLE falproxy_outcomes ADD COLUMN stored_seconds DOUBLE PRECISION",
+    ),
 )
 
 LEDGER_SCHEMA = Schema("falproxy_ledger", MIGRATIONS, (*TABLES, STARTS_TABLE))
@@ -106,12 +110,20 @@ ADD_RECORD = f"""
     VALUES ({placeholders(len(RECORD_COLUMNS))})
     ON CONFLICT (id) DO NOTHING
 """
-OUTCOME_COLUMNS = ("error", "units", "settled", "error_type", "ended_at", "run_ms")
+OUTCOME_COLUMNS = (
+    "error",
+    "units",
+    "settled",
+    "error_type",
+    "ended_at",
+    "run_ms",
+    "stored_seconds",
+)
 # Copies from the record of a failed job, so that failures can be read without it. NULL
 # if it is not written yet, or has failed itself.
 CALL_COLUMNS = {"call_at": "at", "endpoint": "endpoint", "principal": "principal"}
 # Columns whose first value is kept.
-FIRST_VALUES = ("ended_at", "run_ms", *CALL_COLUMNS)
+FIRST_VALUES = ("ended_at", "run_ms", "stored_seconds", *CALL_COLUMNS)
 
 
 def merged_outcome(column: str) -> str:
@@ -159,6 +171,7 @@ MERGED_COLUMNS = {
     "error_type": "COALESCE(o.error_type, e.error_type)",
     "units": "COALESCE(o.units, e.units)",
     "settled": "COALESCE(o.settled, e.settled)",
+    "stored_seconds": "COALESCE(o.stored_seconds, e.stored_seconds)",
 }
 
 

@@ -126,6 +126,9 @@ class LatestCall(BaseModel):
     cache: Literal["hit", "miss", "collapsed", "bypass", "replayed"] | None
     seconds: float
     upstream_seconds: float
+    stored_seconds: float | None = Field(
+        description="Time to store the files of the result; null if it has none."
+    )
     proxy_request_id: str | None = Field(description="As in the access log and `X-Request-ID`.")
     spent: float | None
 

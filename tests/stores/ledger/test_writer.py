@@ -29,6 +29,7 @@ from falproxy.stores.ledger import (
     UsageQuery,
 )
 from falproxy.stores.ledger.sqlite import BUSY_TIMEOUT, sqlite_ledger
+from falproxy.stores.ledger.statements import MIGRATIONS
 from falproxy.stores.ledger.writer import (
     BATCH_SIZE,
     FLUSH_INTERVAL,
@@ -294,7 +295,7 @@ async def test_a_ledger_of_a_newer_falproxy_prevents_the_start(file: Path) -> No
     async with sqlite_ledger(file) as ledger:
         await ledger.probe()
     with sqlite3.connect(file) as newer:
-        newer.execute("UPDATE falproxy_ledger SET version = 7")
+        newer.execute(f"UPDATE falproxy_ledger SET version = {len(MIGRATIONS) + 1}")
     newer.close()
     app = web.Application()
     app.cleanup_ctx.append(ledger_context(LedgerWriter(sqlite_ledger(file)), 5.0))

@@ -59,16 +59,23 @@ function steps(call) {
       call.status < 400 ? "Completed" : `Failed with ${call.error ?? call.status}`,
       after(call.ended_at),
     ]);
-    found.push(["Result recorded", Math.max(after(call.ended_at), after(call.fetched_at))]);
+    const recorded = Math.max(after(call.ended_at), after(call.fetched_at));
+    found.push(...storedStep(call, recorded), ["Result recorded", recorded]);
   } else if (call.is_running) {
     found.push(["The result was not fetched yet", null]);
   } else {
+    found.push(...storedStep(call, call.seconds));
     found.push([
       call.status < 400 ? "Response sent" : `Failed with ${call.error ?? call.status}`,
       call.seconds,
     ]);
   }
   return found;
+}
+
+/** Return when the files of the result had been stored; nothing if it has none. */
+function storedStep({ stored_seconds: seconds }, at) {
+  return seconds === null ? [] : [[`Files stored, in ${formatDuration(seconds)}`, at]];
 }
 
 function step([name, seconds]) {
