@@ -16,6 +16,7 @@ const CALLS = {
   principals: ["api/usage", { by: "principal" }],
   users: ["api/usage", { by: "user" }],
   live: ["api/usage", {}],
+  state: ["api/usage/state", {}],
 };
 
 /** Show the requests of the present time range. */
@@ -23,7 +24,6 @@ export function showApiCalls() {
   for (const [id, [path, parameters]] of Object.entries(CALLS)) {
     showApiCall(id, path, new URLSearchParams([...Object.entries(parameters), ...rangeQuery()]));
   }
-  showApiCall("state", "api/usage/state");
   showApiCall("keys", "api/keys");
 }
 

@@ -46,7 +46,7 @@ function steps(call) {
     found.push([CACHE_STEPS[call.cache], null]);
   }
   if (!REUSED.includes(call.cache) && call.upstream_seconds > 0) {
-    found.push(["Sent to fal.ai", call.own_seconds]);
+    found.push(["Sent to fal.ai", secondsBeforeFal(call)]);
     if (call.ended_at !== null || call.is_running) {
       found.push(["Accepted by fal’s queue", call.seconds]);
     }
@@ -78,6 +78,12 @@ function storedStep({ stored_seconds: seconds }, at) {
   return seconds === null ? [] : [[`Files stored, in ${formatDuration(seconds)}`, at]];
 }
 
+/** Return the proxy's share before fal.ai. A job's files are stored when its result is fetched. */
+function secondsBeforeFal(call) {
+  const isJob = call.ended_at !== null || call.is_running;
+  return isJob ? call.own_seconds : Math.max(0, call.own_seconds - (call.stored_seconds ?? 0));
+}
+
 function step([name, seconds]) {
   return el(
     "li",
@@ -90,9 +96,10 @@ function step([name, seconds]) {
 /** A bar of the parts of the duration. The same numbers are in its text. */
 function partsBar(call) {
   const parts = [
-    ["proxy", call.own_seconds],
+    ["proxy", secondsBeforeFal(call)],
     ["queue", call.queue_seconds],
     ["run", call.run_seconds],
+    ["storing", call.own_seconds - secondsBeforeFal(call)],
   ];
   const known = parts.filter(([, seconds]) => seconds !== null && seconds > 0);
   const whole = known.reduce((sum, [, seconds]) => sum + seconds, 0);
