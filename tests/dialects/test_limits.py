@@ -12,6 +12,7 @@ import pytest
 
 from falproxy.windows import Window
 from tests.support.limits import APP, HOUR, LONG, MODEL, PRICE, SUBMIT, open_reservations, running
+from tests.support.openai_client import create_openai_client
 from tests.support.sandbox_proxy import (
     ASYNC,
     Reply,
@@ -252,7 +253,7 @@ async def test_calls_of_a_request_wait_for_one_another(open_proxy: Open, concurr
 async def test_openai_s_client_raises_its_errors_with_the_wait(open_proxy: Open) -> None:
     async with (
         open_proxy(rate=(1, HOUR)) as proxy,
-        openai.AsyncOpenAI(base_url=f"{proxy.origin}/v1", api_key="x") as client,
+        create_openai_client(proxy.origin) as client,
     ):
         raw = await client.images.with_raw_response.generate(
             model="flux-dev", prompt=QUICK, size="256x256"
@@ -274,7 +275,7 @@ async def test_openai_s_client_raises_its_errors_with_the_wait(open_proxy: Open)
 async def test_openai_s_client_waits_for_a_short_window(open_proxy: Open) -> None:
     async with (
         open_proxy(rate=(1, Window(2))) as proxy,
-        openai.AsyncOpenAI(base_url=f"{proxy.origin}/v1", api_key="x") as client,
+        create_openai_client(proxy.origin) as client,
     ):
         for _ in range(2):
             await client.images.generate(model="flux-dev", prompt=QUICK, size="256x256")
@@ -284,7 +285,7 @@ async def test_openai_s_client_waits_for_a_short_window(open_proxy: Open) -> Non
 async def test_openai_s_client_does_not_repeat_a_call_without_a_budget(open_proxy: Open) -> None:
     async with (
         open_proxy(budget=(PRICE - 1, LONG)) as proxy,
-        openai.AsyncOpenAI(base_url=f"{proxy.origin}/v1", api_key="x") as client,
+        create_openai_client(proxy.origin) as client,
     ):
         started = asyncio.get_running_loop().time()
         with pytest.raises(openai.RateLimitError) as caught:

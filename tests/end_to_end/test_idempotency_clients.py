@@ -6,13 +6,13 @@ import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import openai
 import pytest
 
 from falproxy.client import AsyncClient, SyncClient
 from tests.support.ai_sdk import run
 from tests.support.js_world import JS, need
 from tests.support.lossy_relay import LossyRelay, lossy_relay
+from tests.support.openai_client import create_openai_client
 from tests.support.sandbox_proxy import SandboxProxy, open_sandbox_proxy
 
 ENDPOINT = "fal-ai/flux/dev"
@@ -37,7 +37,7 @@ def check(proxy: SandboxProxy, relay: LossyRelay) -> None:
 
 
 async def test_openai_for_python(proxy: SandboxProxy, relay: LossyRelay) -> None:
-    async with openai.AsyncOpenAI(base_url=f"{relay.origin}/v1", api_key="none") as client:
+    async with create_openai_client(relay.origin) as client:
         response = await client.images.generate(
             model="flux-dev", prompt=PROMPT, extra_headers={"Idempotency-Key": "k"}
         )

@@ -6,12 +6,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 
 from tests.support.cache_world import open_world
 from tests.support.fal_client_world import ClientWorld, photo
 from tests.support.js_world import Play
+from tests.support.openai_client import create_openai_client
 
 SEED = 21
 EDIT = {"prompt": "make it winter", "seed": SEED}
@@ -39,7 +39,7 @@ async def edit_by_kontext(world: ClientWorld, edit: dict[str, Any]) -> str:
 
 async def edit_by_openai(world: ClientWorld, edit: dict[str, Any]) -> str:
     file = ("photo.png", photo(), "image/png")
-    async with openai.AsyncOpenAI(base_url=f"{world.gateway}/v1", api_key="none") as client:
+    async with create_openai_client(world.gateway) as client:
         response = await client.images.edit(
             model="kontext",
             image=file,

@@ -11,6 +11,7 @@ import pytest
 from tests.support.ai_sdk import run
 from tests.support.js_world import JS, need
 from tests.support.offline_fal import png
+from tests.support.openai_client import create_openai_client
 from tests.support.sandbox_proxy import SandboxProxy, open_sandbox_proxy
 
 KEY = "s3cret-of-web"
@@ -59,7 +60,7 @@ async def test_fal_s_javascript_client_sends_the_header(proxy: SandboxProxy) -> 
 
 
 async def test_openai_s_client_sends_the_field_or_the_header(proxy: SandboxProxy) -> None:
-    async with openai.AsyncOpenAI(base_url=f"{proxy.origin}/v1", api_key=KEY) as client:
+    async with create_openai_client(proxy.origin, KEY) as client:
         images = client.images
         await images.generate(model="flux-dev", prompt="a heron", size="256x256", user="ada")
         await images.edit(model="kontext-dev", image=png(), prompt="a heron", user="bob")

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from redis.asyncio.connection import AbstractConnection
@@ -47,6 +48,17 @@ async def test_commands_that_wait_share_connections(redis: RedisServer) -> None:
         assert await client.execute("GET", "shared") == b"300"
         assert address.accepted <= MAX_GROUPS
         await client.close()
+
+
+async def test_a_new_connection_reads_no_files_of_the_library(
+    redis: RedisServer, client: RedisClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_version = Mock(return_value="1")
+    monkeypatch.setattr("importlib.metadata.version", read_version)
+    opened = RedisClient(redis.url, ClientError)
+    await increments(opened, "new", 5)
+    await opened.close()
+    assert not read_version.called
 
 
 async def test_each_command_gets_its_own_reply(client: RedisClient) -> None:

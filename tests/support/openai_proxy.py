@@ -43,6 +43,7 @@ from falproxy.sandbox import create_app as create_sandbox
 from falproxy.stores.files.disk import DiskStorage
 from tests.support.key_search import CANARY
 from tests.support.offline_fal import png
+from tests.support.openai_client import create_openai_client
 from tests.support.settings import make_settings
 from tests.support.urls import PROXY
 
@@ -159,7 +160,7 @@ async def open_openai_proxy(
         settings = make_settings(fal_key=CANARY, data_dir=data_dir, **options)
         async with TestServer(proxy_app(settings, **(deps or {}))) as server:
             origin = f"http://127.0.0.1:{server.port}"
-            async with openai.AsyncOpenAI(base_url=f"{origin}/v1", api_key=KEY) as client:
+            async with create_openai_client(origin, KEY) as client:
                 yield OpenAIProxy(origin, fal_origin, sandbox, client, session)
     for seen in sandbox.seen:
         is_public = seen.host.startswith("127.0.0.1") or seen.path.startswith("/api/openapi/")

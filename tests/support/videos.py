@@ -8,6 +8,7 @@ from typing import Any
 import openai
 from openai.types import Video
 
+from tests.support.openai_client import create_openai_client
 from tests.support.sandbox_proxy import WAIT_TIMEOUT, Reply, SandboxProxy
 
 VIDEOS = "/v1/videos"
@@ -24,9 +25,7 @@ async def open_client(
     proxy: SandboxProxy, key: str = "unused"
 ) -> AsyncIterator[openai.AsyncOpenAI]:
     """OpenAI's client of a proxy, which repeats nothing."""
-    async with openai.AsyncOpenAI(
-        base_url=f"{proxy.origin}/v1", api_key=key, max_retries=0
-    ) as client:
+    async with create_openai_client(proxy.origin, key, max_retries=0) as client:
         yield client
 
 
