@@ -36,6 +36,33 @@ OPEN_SHEET = """() => {
 }"""
 ERRORS_SHOWN = """(count) =>
   document.querySelectorAll('.job [role=alert]:not([hidden])').length === count"""
+TOOLBAR_ROWS = """() => new Set(
+  [...document.querySelector('.toolbar').children]
+    .map((item) => item.getBoundingClientRect())
+    .filter(({ width }) => width > 0)
+    .map(({ y, height }) => Math.round(y + height / 2)),
+).size"""
+FIGURE_ENDS = """() => [...document.querySelectorAll('.figure')]
+  .map((figure) => figure.lastElementChild.classList.contains('api-call'))"""
+# Buttons of the keys that are beyond the edge of their table.
+HIDDEN_BUTTONS = """() => {
+  const { right } = document.querySelector('#keys').getBoundingClientRect();
+  const isBeyond = (button) => button.getBoundingClientRect().right > right;
+  return [...document.querySelectorAll('#keys button')].filter(isBeyond).map(({ id }) => id);
+}"""
+CUT_PLACEHOLDERS = """() => {
+  const context = document.createElement('canvas').getContext('2d');
+  const isCut = (input) => {
+    const { font, paddingLeft, paddingRight } = getComputedStyle(input);
+    context.font = font;
+    const padding = Number.parseFloat(paddingLeft) + Number.parseFloat(paddingRight);
+    return context.measureText(input.placeholder).width > input.clientWidth - padding;
+  };
+  return [...document.querySelectorAll('input[placeholder]')]
+    .filter((input) => input.checkVisibility() && isCut(input))
+    .map(({ placeholder }) => placeholder);
+}"""
+HEADER_HEIGHT = "() => document.querySelector('#header').offsetHeight"
 ADMIN = "s3cret-ann"
 
 
@@ -94,6 +121,11 @@ async def test_running_and_failed_jobs_without_a_result(visitor: Visitor) -> Non
     await visitor.wait_for(".log-toggle:visible")
     await visitor.act("click", selector=".log-toggle:visible")
     flaws += await visitor.find_flaws("running-with-log")
+    await visitor.act("resize", width=360)
+    widths = await visitor.evaluate(
+        "() => [...document.querySelectorAll('.job-prompt')].map((line) => line.clientWidth)"
+    )
+    assert min(widths) > 150, "a prompt is readable on a phone"
     assert flaws == []
 
 
@@ -150,6 +182,8 @@ async def test_a_locked_page_without_a_key(driver: Driver, tmp_path: Path) -> No
         await visitor.click("Not now")
         await visitor.wait_for("html[data-ready]")
         flaws += await visitor.find_flaws("locked")
+        await visitor.act("resize", width=360)
+        assert await visitor.evaluate(HEADER_HEIGHT) <= 97, "its space is reserved"
         assert flaws == []
 
 
@@ -165,6 +199,10 @@ async def test_a_missing_page_and_the_docs(driver: Driver, tmp_path: Path) -> No
         await visitor.act("click", selector=".opblock-summary-control")
         await visitor.wait_for(".opblock-body")
         flaws += await visitor.find_flaws("docs")
+        await visitor.click("Try it out")
+        await visitor.click("Execute")
+        await visitor.wait_for(".live-responses-table .response-col_status")
+        flaws += await visitor.find_flaws("docs-executed")
         assert flaws == []
 
 
@@ -193,7 +231,116 @@ async def test_the_dashboard_and_its_keys(driver: Driver, tmp_path: Path) -> Non
         await visitor.wait_for("#keys tbody tr")
         await visitor.wait_for_text("body", "content_policy_violation")
         flaws += await visitor.find_flaws("dashboard")
+        assert await visitor.evaluate(FIGURE_ENDS) == [True] * 5, "the request is below each chart"
+        assert await visitor.evaluate(HIDDEN_BUTTONS) == []
         assert flaws == []
+
+
+async def test_a_dashboard_without_numbers_shows_the_notice_alone(
+    driver: Driver, tmp_path: Path
+) -> None:
+    async with (
+        open_running_proxy(tmp_path, access_keys=(("ann", ADMIN),), admins=("ann",)) as place,
+        driver.visit(f"{place.origin}/") as visitor,
+    ):
+        await visitor.act("gotoWithoutWaiting", url=f"{place.origin}/dashboard")
+        await visitor.click("Not now")
+        await visitor.wait_for_text("#notices", "require an access key")
+        assert await visitor.texts("#usage .card") == []
+        flaws = await visitor.find_flaws("dashboard-signed-out")
+        await visitor.click("Enter a key")
+        await visitor.act("fill", label="Your key", text=ADMIN)
+        await visitor.click("Continue")
+        await visitor.wait_for("#keys-panel")
+        assert await visitor.texts("#usage .card") != []
+        assert flaws == []
+
+
+async def test_the_dialogs_of_keys(driver: Driver, tmp_path: Path) -> None:
+    async with (
+        open_running_proxy(tmp_path, access_keys=(("ann", ADMIN),), admins=("ann",)) as place,
+        driver.visit(f"{place.origin}/") as visitor,
+    ):
+        await visitor.act("gotoWithoutWaiting", url=f"{place.origin}/dashboard")
+        await visitor.act("fill", label="Your key", text="wrong")
+        await visitor.click("Continue")
+        await visitor.wait_for_text("#access-reason", "not valid")
+        flaws = await visitor.find_flaws("dashboard-wrong-key")
+        await visitor.act("fill", label="Your key", text=ADMIN)
+        await visitor.click("Continue")
+        await visitor.click("Create a key")
+        flaws += await visitor.find_flaws("key-create")
+        flaws += await visitor.find_invisible_focus(8)
+        await visitor.act("fill", label="Name", text="w" * 40)
+        await visitor.act("fill", label="Rate", text=LONG_WORD)
+        await visitor.click("Create", exact=True)
+        await visitor.wait_for_text("dialog [role=alert]", "rate")
+        flaws += await visitor.find_flaws("key-refused")
+        await visitor.act("fill", label="Rate", text="60/minute")
+        await visitor.click("Create", exact=True)
+        await visitor.wait_for("#key-secret")
+        flaws += await visitor.find_flaws("key-secret")
+        flaws += await visitor.find_invisible_focus(3)
+        await visitor.click("Done")
+        await visitor.click("Rotate the key")
+        flaws += await visitor.find_flaws("key-rotate")
+        flaws += await visitor.find_invisible_focus(3)
+        await visitor.click("Cancel")
+        await visitor.click("Revoke the key")
+        flaws += await visitor.find_flaws("key-revoke")
+        flaws += await visitor.find_invisible_focus(2)
+        assert flaws == []
+
+
+async def test_the_comparison_of_results_with_long_prompts(visitor: Visitor) -> None:
+    await visitor.submit_job("the first", SCHNELL)
+    await visitor.wait_for_results(1)
+    await visitor.click("Compare")
+    await visitor.wait_for_text("dialog", "nothing to compare with")
+    flaws = await visitor.find_flaws("compare-nothing")
+    assert await visitor.texts("dialog select, dialog input") == []
+    await visitor.act("press", key="Escape")
+    await visitor.submit_job("a lighthouse on a rocky coast, a long exposure at dusk, " * 2)
+    await visitor.wait_for_results(2)
+    await visitor.submit_job("the third")
+    await visitor.wait_for_results(3)
+    await visitor.click("Compare")
+    for mode in ("Slider", "Side by side", "Hold"):
+        await visitor.act("click", selector=f"label:has-text('{mode}') input")
+        flaws += await visitor.find_flaws(f"compare-long-{mode}")
+    assert flaws == []
+
+
+async def test_the_actions_of_a_result_are_in_one_row(visitor: Visitor) -> None:
+    await visitor.choose_model(SCHNELL)
+    await visitor.act("fill", label="Number of images", text="4")
+    await visitor.submit_job("a lighthouse")
+    await visitor.wait_for_results(1)
+    await visitor.wait_until("() => document.querySelectorAll('.grid img').length === 4")
+    rows = {}
+    for name in ("all", "one"):
+        if name == "one":
+            await visitor.click("Image 3 of 4", exact=True)
+        for width in (360, 768, 1280, 1440, 1920):
+            await visitor.act("resize", width=width)
+            rows[name, width] = await visitor.evaluate(TOOLBAR_ROWS)
+        await visitor.check_appearance(f"toolbar-{name}")
+    assert {*rows.values()} == {1}, rows
+
+
+async def test_placeholders_are_not_cut_off(driver: Driver, tmp_path: Path) -> None:
+    async with (
+        open_running_proxy(tmp_path) as place,
+        driver.visit(f"{place.origin}/", width=360) as visitor,
+    ):
+        await visitor.open_page()
+        assert await visitor.evaluate(CUT_PLACEHOLDERS) == []
+        await visitor.act("click", selector="#model")
+        await visitor.wait_for(".model-entry")
+        assert await visitor.evaluate(CUT_PLACEHOLDERS) == []
+        await visitor.act("gotoWithoutWaiting", url=f"{place.origin}/dashboard")
+        await visitor.wait_for("html[data-range]")
+        assert await visitor.evaluate(CUT_PLACEHOLDERS) == []
 
 
 async def test_the_example_page(driver: Driver, tmp_path: Path) -> None:

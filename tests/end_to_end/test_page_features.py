@@ -211,6 +211,44 @@ async def test_options_that_another_model_does_not_take_are_its_defaults(
     assert inputs_of(proxy)[0].get("aspect_ratio", "16:9") == "16:9"
 
 
+async def test_a_missing_prompt_is_a_problem_of_one_model(visitor: Visitor) -> None:
+    await visitor.act("click", selector="#submit")
+    await visitor.wait_for_text("#prompt-problem", "Write a prompt first")
+    await visitor.click("Edit", role="link")
+    await visitor.wait_for(f"#job-form[data-endpoint='{KONTEXT}']")
+    assert await visitor.texts("#prompt-problem") == []
+    assert await visitor.act("count", selector="#prompt[aria-invalid=true]") == 0
+
+
+async def test_an_endpoint_id_is_shown_once(visitor: Visitor) -> None:
+    await visitor.choose_model(INPAINTING)
+    assert await visitor.text("#model-name") == INPAINTING
+    assert await visitor.text("#model-description") == ""
+
+
+@pytest.mark.parametrize(
+    ("status", "seconds", "action"),
+    [
+        (429, 12, "Try again in 12 s."),
+        (429, 121, "Try again in 3 minutes."),
+        (429, 86_399, "Try again in 24 hours."),
+        (402, 40_000, "Ask the operator of the proxy, or try again in 12 hours."),
+        (402, 10 * 86_400, "Ask the operator of the proxy, or try again in 10 days."),
+        (402, None, "Ask the operator of the proxy."),
+    ],
+)
+async def test_a_long_wait_is_in_hours_or_days(
+    visitor: Visitor, status: int, seconds: int | None, action: str
+) -> None:
+    code = """async ([status, seconds]) => {
+      const { ResponseError } = await import('/web/fal_client.js');
+      const { explainError } = await import('/web/error_messages.js');
+      const headers = seconds === null ? {} : { 'Retry-After': seconds };
+      return explainError(new ResponseError(new Response(null, { status, headers }), {})).action;
+    }"""
+    assert await visitor.evaluate(code, [status, seconds]) == action
+
+
 async def test_all_models_of_fal_are_found(visitor: Visitor, proxy: RestartableProxy) -> None:
     await visitor.act("click", selector="#model")
     await visitor.click("All", exact=True)

@@ -48,6 +48,36 @@ FILL_HISTORY = """async ([prompts, url]) => {
   db.close();
 }"""
 
+# Flaws of the open dialog: it scrolls sideways, or one of its controls is outside or covered.
+DIALOG_FLAWS = """() => {
+  const dialog = document.querySelector('dialog:modal');
+  if (dialog === null) return [];
+  const flaws = [];
+  const { left, right, top, bottom } = dialog.getBoundingClientRect();
+  if (left < 0 || top < 0 || right > innerWidth || bottom > innerHeight) {
+    flaws.push('the dialog is larger than the screen');
+  }
+  if (dialog.scrollWidth > dialog.clientWidth) flaws.push('the dialog scrolls sideways');
+  for (const control of dialog.querySelectorAll('a, button, input, select, summary, textarea')) {
+    if (!control.checkVisibility()) continue;
+    control.scrollIntoView({ block: 'nearest', inline: 'nearest' });
+    const box = control.getBoundingClientRect();
+    const hit = document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2);
+    if (box.left < left || box.right > right || !control.contains(hit)) {
+      flaws.push(`not reachable: ${control.outerHTML.slice(0, 120)}`);
+    }
+  }
+  dialog.scrollTop = 0;
+  return flaws;
+}"""
+FOCUS = """() => {
+  const { outlineStyle, outlineWidth } = getComputedStyle(document.activeElement);
+  const isOutside = document.activeElement === document.body; // the browser's own controls
+  const isVisible =
+    isOutside || (outlineStyle !== 'none' && Number.parseFloat(outlineWidth) >= 2);
+  return [document.activeElement.outerHTML.slice(0, 120), isVisible];
+}"""
+
 
 @dataclass(slots=True)
 class Visitor:
@@ -135,9 +165,20 @@ class Visitor:
         """Fail if `find_flaws` finds any."""
         assert await self.find_flaws(name, prepare) == []
 
+    async def find_invisible_focus(self, count: int) -> list[str]:
+        """Press Tab `count` times. Return the elements that do not show that they are focused."""
+        found = []
+        for _ in range(count):
+            await self.act("press", key="Tab")
+            element, is_visible = await self.evaluate(FOCUS)
+            if not is_visible:
+                found.append(element)
+        return found
+
     async def find_flaws(self, name: str, prepare: str | None = None) -> list[str]:
-        """Return the findings of axe-core, light and dark, wide and narrow, and whether the page is
-        wider than the screen. Takes screenshots if there is a directory for them.
+        """Return the findings of axe-core, light and dark, wide and narrow, whether the page is
+        wider than the screen, and the flaws of an open dialog. Takes screenshots if there is a
+        directory for them.
 
         prepare: a function of the page, called after each change of the width, such as one that
         opens a menu.
@@ -157,6 +198,8 @@ class Visitor:
             page_width = await self.evaluate("() => document.documentElement.scrollWidth")
             if page_width > width:
                 flaws.append(f"{name} is {page_width} px wide on a screen of {width}")
+            dialog_flaws = await self.evaluate(DIALOG_FLAWS)
+            flaws += [f"{name}, {width} px: {each}" for each in dialog_flaws]
         await self.act("resize", width=WIDTHS[0])
         await self.act("setColorScheme", colorScheme="light")
         if self.artefacts is not None:

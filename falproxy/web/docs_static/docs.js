@@ -27,18 +27,24 @@ async function showDocs() {
   });
 }
 
-const SELECT_NAMES = {
+const NAMES = {
   "#servers": "Server",
   ".examples-select-element": "Example",
   ".content-type-wrapper select": "Content type",
+  "textarea.body-param__text": "Request body",
+  ".copy-to-clipboard button": "Copy",
 };
 
 /** Name the controls that Swagger UI leaves without a name, for screen readers. */
 function nameControls(docs) {
-  for (const [selector, name] of Object.entries(SELECT_NAMES)) {
-    for (const select of docs.querySelectorAll(`${selector}:not([aria-label])`)) {
-      select.setAttribute("aria-label", name);
+  for (const [selector, name] of Object.entries(NAMES)) {
+    for (const control of docs.querySelectorAll(`${selector}:not([aria-label])`)) {
+      control.setAttribute("aria-label", name);
     }
+  }
+  // They scroll sideways on narrow screens.
+  for (const code of docs.querySelectorAll("pre.microlight:not([tabindex])")) {
+    code.tabIndex = 0;
   }
   // A link inside a button, which expands the same operation.
   for (const link of docs.querySelectorAll(".opblock-summary-control a[href]")) {

@@ -42,6 +42,17 @@ export function openCompareDialog(job, index, jobs) {
     });
     return el("label", { className: "row small" }, input, label);
   });
+  const bar = el(
+    "div",
+    { className: "row dialog-bar" },
+    el("div", { className: "row", role: "radiogroup", "aria-label": "Mode" }, ...radios),
+    el(
+      "label",
+      { className: "row small compare-with", for: "compare-with" },
+      "Compare with",
+      select,
+    ),
+  );
   const close = () => dialog.close();
   const dialog = el(
     "dialog",
@@ -57,22 +68,13 @@ export function openCompareDialog(job, index, jobs) {
       ),
     ),
     stage,
-    el(
-      "div",
-      { className: "row dialog-bar" },
-      el("div", { className: "row", role: "radiogroup", "aria-label": "Mode" }, ...radios),
-      el(
-        "label",
-        { className: "row small compare-with", for: "compare-with" },
-        "Compare with",
-        select,
-      ),
-    ),
+    bar,
   );
   function render() {
     const mode = radios.map((label) => label.firstChild).find(({ checked }) => checked).value;
     writeStored("compare", mode);
     const other = choices[Number(select.value)];
+    bar.hidden = other === undefined;
     if (other === undefined) {
       stage.replaceChildren(
         el(
@@ -84,8 +86,9 @@ export function openCompareDialog(job, index, jobs) {
       return;
     }
     const image = job.images[index];
-    const after = { url: image.url, tag: other.tag === "Before" ? "After" : job.model };
-    const frame = { slider: sliderFrame, sides: sidesFrame, hold: holdFrame }[mode](other, after);
+    const frame = { slider: sliderFrame, sides: sidesFrame, hold: holdFrame }[mode](
+      ...withTags(other, { url: image.url, tag: job.model }),
+    );
     frame.style.setProperty("--ratio", String((image.width ?? 4) / (image.height ?? 3)));
     stage.replaceChildren(frame);
   }
@@ -99,6 +102,19 @@ export function openCompareDialog(job, index, jobs) {
   });
   document.body.append(dialog);
   dialog.showModal();
+}
+
+/** Return both images with tags that differ: their models, or which one it is. */
+function withTags(other, shown) {
+  if (other.tag === "Before") {
+    return [other, { ...shown, tag: "After" }];
+  }
+  return other.tag === shown.tag
+    ? [
+        { ...other, tag: "Other" },
+        { ...shown, tag: "This result" },
+      ]
+    : [other, shown];
 }
 
 function labelOf({ prompt, model, images, created }, position) {

@@ -34,12 +34,12 @@ const BY_TYPE = {
 const CAUSES = new Set(["image_load_error", "file_download_error"]); // errors whose message names the cause
 const BY_STATUS = {
   401: ["The proxy requires an access key", "Ask the operator of the proxy for one."],
-  402: ["The budget for today is used up", "Ask the operator of the proxy, or come back tomorrow."],
+  402: ["The budget is used up", "Ask the operator of the proxy."],
   403: ["The proxy does not allow this", "Choose another model, or ask the operator of the proxy."],
   404: ["fal did not find this", "The job may have expired, or there is no such model."],
   413: ["The request is too large", "Use smaller or fewer images."],
   422: ["The model does not accept this input", "Correct the input, and try again."],
-  429: ["Too many requests at once", "Wait a moment, and try again."],
+  429: ["Too many requests", "Wait a moment, and try again."],
   500: ["fal has a problem", "This is not caused by your input. Try again in a minute."],
 };
 
@@ -86,12 +86,26 @@ function causeOf(type, entries) {
   return CAUSES.has(type) && messageText(entries[0]?.msg) ? messageText(entries[0].msg) : null;
 }
 
-/** Return when to retry after a 429 with `Retry-After`, or null. */
+/** Return when to retry after a 429 or 402 with `Retry-After`, or null. */
 function retryAction(error) {
-  if (error.status === 429 && error.retryAfter !== null) {
-    return `Try again in ${Math.ceil(error.retryAfter)} s.`;
+  if (![402, 429].includes(error.status) || error.retryAfter === null) {
+    return null;
   }
-  return null;
+  const wait = describeWait(error.retryAfter);
+  return error.status === 429
+    ? `Try again in ${wait}.`
+    : `Ask the operator of the proxy, or try again in ${wait}.`;
+}
+
+/** `12 s`, `15 minutes`, `5 hours`, `3 days`: rounded up. @param {number} seconds */
+export function describeWait(seconds) {
+  const units = [
+    [86_400, "days"],
+    [3600, "hours"],
+    [60, "minutes"],
+  ];
+  const [length, unit] = units.find(([each]) => seconds > 2 * each) ?? [1, "s"];
+  return `${Math.ceil(seconds / length)} ${unit}`;
 }
 
 function errorDetail(error, entries) {

@@ -95,8 +95,8 @@ export class JobForm extends EventTarget {
     byId("form-title").textContent = TASKS[this.#task];
     byId("model-name").textContent = model.title;
     byId("model").value = model.endpoint;
-    byId("model-description").textContent = model.summary || model.endpoint;
-    byId("form-problem").textContent = "";
+    byId("model-description").textContent = model.summary;
+    this.#clearProblems();
     delete this.form.dataset.endpoint;
     const inputs = await loadInputs(model);
     if (change !== this.#modelChanges) {

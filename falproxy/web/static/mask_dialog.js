@@ -67,16 +67,19 @@ function showDialog(source, { naturalWidth, naturalHeight }) {
       erase,
       button("undo", "Undo", () => mask.undo()),
       button("variation", "Invert", () => mask.invert()),
-      el("span", { className: "spacer" }),
       el(
-        "button",
-        { type: "button", className: "button quiet", onclick: () => dialog.close() },
-        "Cancel",
-      ),
-      el(
-        "button",
-        { type: "button", className: "button primary", onclick: () => dialog.close("use") },
-        "Use mask",
+        "span",
+        { className: "row end" },
+        el(
+          "button",
+          { type: "button", className: "button quiet", onclick: () => dialog.close() },
+          "Cancel",
+        ),
+        el(
+          "button",
+          { type: "button", className: "button primary", onclick: () => dialog.close("use") },
+          "Use mask",
+        ),
       ),
     ),
   );

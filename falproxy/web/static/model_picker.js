@@ -37,7 +37,7 @@ class ModelPicker {
     this.input = el("input", {
       type: "search",
       id: "model-search",
-      placeholder: "Search models, or enter an endpoint id",
+      placeholder: "Name or endpoint id",
       autocomplete: "off",
       spellcheck: false,
       "aria-label": "Search models",
@@ -207,12 +207,7 @@ class ModelPicker {
       "button",
       { type: "button", className: "model-entry", onclick: choose },
       icon(TASK_ICONS[model.task] ?? "sparkle"),
-      el(
-        "span",
-        {},
-        el("b", {}, label),
-        el("span", { className: "small muted" }, model.summary || model.endpoint),
-      ),
+      el("span", {}, el("b", {}, label), el("span", { className: "small muted" }, model.summary)),
       el(
         "span",
         { className: "small price" },

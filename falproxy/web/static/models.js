@@ -9,7 +9,7 @@ import { parseInputs } from "./model_schema.js";
  * @property {string} title
  * @property {string} endpoint
  * @property {string} description
- * @property {string} summary the description without the title, and without hints for the API
+ * @property {string} summary the description without the title and hints for the API, else the endpoint id
  * @property {"create" | "edit" | "animate" | "speak" | null} task null: unknown
  * @property {number | null} price USD for one unit
  * @property {string} unit
@@ -132,7 +132,9 @@ function toModel(entry) {
     ? model.description.slice(model.title.length + 2)
     : model.description;
   const [sentence] = rest.replace(/ \(\w+_url\)/g, "").split("; with ");
-  model.summary = sentence.charAt(0).toUpperCase() + sentence.slice(1);
+  const { title, endpoint } = model;
+  model.summary =
+    sentence.charAt(0).toUpperCase() + sentence.slice(1) || (title === endpoint ? "" : endpoint);
   model.task = entry.category === undefined ? taskOf(model) : taskOfCategory(entry.category);
   return model;
 }

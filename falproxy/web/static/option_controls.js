@@ -172,6 +172,7 @@ function textControl(field, id) {
     placeholder: typeof field.preset === "string" ? field.preset : "",
   });
   const element = createField(field, id, input);
+  element.classList.add("wide");
   const isMissing = () => field.isRequired && field.preset === null && input.value.trim() === "";
   return {
     element,

@@ -121,8 +121,8 @@ function renderChips() {
 function chipButton(label, onclick) {
   return el(
     "button",
-    { type: "button", className: "chip button-chip", onclick },
+    { type: "button", className: "chip button-chip", title: label, onclick },
     icon("key"),
-    label,
+    el("span", {}, label),
   );
 }

@@ -32,11 +32,7 @@ export function createToolbar(job, index, actions) {
       ? action("download", "Download all", () => downloadAll(job))
       : action("download", "Download", () => downloadImage(job, index));
   download.className = "button primary";
-  const visible = [
-    download,
-    actions.onGrid && action("grid", "All images", actions.onGrid),
-    action("reuse", "Edit and rerun", () => actions.onReuse(job)),
-  ];
+  const grid = actions.onGrid && action("grid", "All images", actions.onGrid);
   const others = [
     action(
       "variation",
@@ -52,14 +48,23 @@ export function createToolbar(job, index, actions) {
     index !== null && action("link", "Copy URL", (event) => copyUrl(event.currentTarget, file.url)),
     job.seed !== null && action("lock", "Lock seed", () => actions.onLockSeed(job)),
   ];
+  const reuse = action("reuse", "Edit and rerun", () => actions.onReuse(job));
+  const [second, ...more] = [grid, reuse, ...others].filter(Boolean);
   const [shown, hidden] = isNarrow
-    ? [visible, [...others, ...rest]]
-    : [[...visible, ...others], rest];
+    ? [
+        [download, second],
+        [...more, ...rest],
+      ]
+    : [[download, second, ...more], rest];
   const inMenu = hidden.filter(Boolean);
   return el(
     "div",
-    { className: "row toolbar", role: "group", "aria-label": "Actions for this result" },
-    ...shown.filter(Boolean),
+    {
+      className: `row toolbar ${grid ? "has-grid" : ""}`,
+      role: "group",
+      "aria-label": "Actions for this result",
+    },
+    ...shown,
     inMenu.length > 0 && createMenu(inMenu),
   );
 }

@@ -17,15 +17,15 @@ const STATUSES = [
 ];
 const CACHE = ["hit", "miss", "collapsed", "bypass", "replayed"];
 const FIELDS = [
-  { name: "status", label: "Status", placeholder: "failed, 5xx, 502", options: STATUSES },
-  { name: "error", label: "Error", placeholder: "content_policy_violation", options: [] },
+  { name: "status", label: "Status", placeholder: "failed, 5xx", options: STATUSES },
+  { name: "error", label: "Error", placeholder: "rate_limited", options: [] },
   { name: "endpoint", label: "Endpoint", placeholder: "fal-ai/flux/dev", options: [] },
   { name: "principal", label: "Caller", isForAll: true, options: [] },
   { name: "user", label: "User", options: [] },
   { name: "cache", label: "Cache", placeholder: "hit", options: CACHE },
   { name: "min_seconds", label: "Seconds, at least", inputMode: "decimal", className: "short" },
   { name: "min_cost", label: "Cost in USD, at least", inputMode: "decimal", className: "short" },
-  { name: "request_id", label: "Request id", placeholder: "fal’s or falproxy’s" },
+  { name: "request_id", label: "Request id", placeholder: "of either side" },
 ];
 
 let applied = {};

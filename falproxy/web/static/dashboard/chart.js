@@ -59,7 +59,7 @@ export class Chart {
       this.tooltip,
     );
     this.table = el("div", { className: "visually-hidden" });
-    figure.append(
+    figure.prepend(
       el(
         "figcaption",
         { id },

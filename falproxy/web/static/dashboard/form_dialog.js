@@ -23,16 +23,20 @@ export function openDialog(
     { method: "dialog" },
     el("h2", { id: "key-dialog-title" }, title),
     ...content,
-    problem,
     el(
       "div",
-      { className: "row end" },
+      { className: "dialog-foot" },
+      problem,
       el(
-        "button",
-        { type: "button", className: "button quiet", onclick: () => dialog.close() },
-        "Cancel",
+        "div",
+        { className: "row end" },
+        el(
+          "button",
+          { type: "button", className: "button quiet", onclick: () => dialog.close() },
+          "Cancel",
+        ),
+        submit,
       ),
-      submit,
     ),
   );
   const dialog = el("dialog", { className, "aria-labelledby": "key-dialog-title" }, form);

@@ -48,10 +48,10 @@ function start() {
     }
   });
   window.addEventListener("falproxy:key", () => {
-    if (getAccessKey() === null) {
-      location.reload(); // remove the numbers that the forgotten key gave access to
-    } else if (isUnauthorized) {
+    if (getAccessKey() !== null && isUnauthorized) {
       refresh(true);
+    } else if (getAccessKey() === null && hasNumbers()) {
+      location.reload(); // remove the numbers that the forgotten key gave access to
     }
   });
   window.addEventListener("falproxy:wake", () => refresh());
@@ -152,6 +152,7 @@ async function fetchDocument(path, signal) {
 function showUsage(usage, isByUser) {
   updatedAt = new Date();
   byId("notices").replaceChildren();
+  document.documentElement.classList.remove("has-no-numbers");
   byId("no-calls").hidden = usage.totals.calls > 0;
   byId("scope").textContent =
     usage.principal === null ? "Calls of all callers" : `Your calls, ${usage.principal}`;
@@ -174,6 +175,7 @@ function showUpdateTime() {
 }
 
 async function showResponseError(response) {
+  document.documentElement.classList.toggle("has-no-numbers", !hasNumbers());
   if (response.status === 401) {
     const onclick = () => {
       allowPrompt();
@@ -184,15 +186,18 @@ async function showResponseError(response) {
     showNotice("warn", "The numbers require an access key. ", enterKey);
     return;
   }
-  const document = await response.json().catch(() => null);
-  const message = document?.error?.message ?? `The proxy responded with status ${response.status}.`;
+  const body = await response.json().catch(() => null);
+  const message = body?.error?.message ?? `The proxy responded with status ${response.status}.`;
   showNotice("bad", `${message}${staleNote()}`);
+}
+
+function hasNumbers() {
+  return document.documentElement.dataset.range !== undefined;
 }
 
 /** Return a sentence with the time of the numbers that are shown, if there are any. */
 function staleNote() {
-  const hasUsage = globalThis.document.documentElement.dataset.range !== undefined;
-  return hasUsage ? ` The numbers shown are from ${formatTime(updatedAt)}.` : "";
+  return hasNumbers() ? ` The numbers shown are from ${formatTime(updatedAt)}.` : "";
 }
 
 function showNotice(className, ...content) {
