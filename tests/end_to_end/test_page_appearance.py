@@ -36,12 +36,16 @@ OPEN_SHEET = """() => {
 }"""
 ERRORS_SHOWN = """(count) =>
   document.querySelectorAll('.job [role=alert]:not([hidden])').length === count"""
-TOOLBAR_ROWS = """() => new Set(
-  [...document.querySelector('.toolbar').children]
+# The number of rows, after the toolbar has been rendered for the new width.
+TOOLBAR_ROWS = """async () => {
+  const frame = () => new Promise((resolve) => requestAnimationFrame(resolve));
+  await frame();
+  await frame();
+  const boxes = [...document.querySelector('.toolbar').children]
     .map((item) => item.getBoundingClientRect())
-    .filter(({ width }) => width > 0)
-    .map(({ y, height }) => Math.round(y + height / 2)),
-).size"""
+    .filter(({ width }) => width > 0);
+  return new Set(boxes.map(({ y, height }) => Math.round(y + height / 2))).size;
+}"""
 FIGURE_ENDS = """() => [...document.querySelectorAll('.figure')]
   .map((figure) => figure.lastElementChild.classList.contains('api-call'))"""
 # Buttons of the keys that are beyond the edge of their table.
@@ -253,6 +257,11 @@ async def test_a_dashboard_without_numbers_shows_the_notice_alone(
         await visitor.click("Continue")
         await visitor.wait_for("#keys-panel")
         assert await visitor.texts("#usage .card") != []
+        await visitor.act("setOffline", isOffline=True)
+        await visitor.act("click", selector="#ranges label:has-text('Week')")
+        await visitor.wait_for_text("#notices", "The proxy does not respond")
+        await visitor.act("resize", width=360)
+        assert await visitor.texts(".status-chips .bad") == [], "it would cover the heading"
         assert flaws == []
 
 

@@ -232,8 +232,8 @@ async def test_an_endpoint_id_is_shown_once(visitor: Visitor) -> None:
         (429, 12, "Try again in 12 s."),
         (429, 121, "Try again in 3 minutes."),
         (429, 86_399, "Try again in 24 hours."),
-        (402, 40_000, "Ask the operator of the proxy, or try again in 12 hours."),
-        (402, 10 * 86_400, "Ask the operator of the proxy, or try again in 10 days."),
+        (402, 40_000, "Ask the operator, or try again in 12 hours."),
+        (402, 10 * 86_400, "Ask the operator, or try again in 10 days."),
         (402, None, "Ask the operator of the proxy."),
     ],
 )

@@ -94,7 +94,7 @@ function retryAction(error) {
   const wait = describeWait(error.retryAfter);
   return error.status === 429
     ? `Try again in ${wait}.`
-    : `Ask the operator of the proxy, or try again in ${wait}.`;
+    : `Ask the operator, or try again in ${wait}.`;
 }
 
 /** `12 s`, `15 minutes`, `5 hours`, `3 days`: rounded up. @param {number} seconds */

@@ -25,7 +25,7 @@ const FIELDS = [
   { name: "cache", label: "Cache", placeholder: "hit", options: CACHE },
   { name: "min_seconds", label: "Seconds, at least", inputMode: "decimal", className: "short" },
   { name: "min_cost", label: "Cost in USD, at least", inputMode: "decimal", className: "short" },
-  { name: "request_id", label: "Request id", placeholder: "of either side" },
+  { name: "request_id", label: "Request id", placeholder: "falproxy or fal" },
 ];
 
 let applied = {};
