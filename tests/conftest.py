@@ -103,8 +103,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("timed") is not None:
             item.add_marker(pytest.mark.flaky(reruns=2, reruns_delay=2))
-        slow = item.get_closest_marker("slow")
-        test_seconds = TEST_SECONDS if slow is None else slow.kwargs.get("seconds")
+        marker = item.get_closest_marker("slow") or item.get_closest_marker("takes")
+        test_seconds = TEST_SECONDS if marker is None else marker.kwargs.get("seconds")
         seconds[item.path] += test_seconds or SLOW_TEST_SECONDS
     items.sort(key=lambda item: -seconds[item.path])  # stable: modules stay together
 
