@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import os
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
@@ -38,15 +39,29 @@ LOG_LEVELS = {None: logging.DEBUG, "asyncio": logging.INFO, "falproxy.app.pipeli
 # Characters of each failure in the summary at the end of the output.
 SUMMARY_MESSAGE_MAX = 200
 
+# A file system in memory, and the bytes that must be free there for the temporary directories.
+MEMORY, MEMORY_MIN = Path("/dev/shm"), 4 * 2**30
+
 PATH_NUMBERS = count()  # of the temporary directories of this process
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 
 
 def pytest_configure() -> None:
-    """Keep the garbage collector from searching the tests while they are collected."""
+    """Keep the garbage collector from searching the tests while they are collected, and the
+    temporary directories in memory: on a disk each new SQLite file takes some 20 ms."""
     gc.disable()
     logging.getLogger().addHandler(LEAKS)
+    if has_memory():
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+
+
+def has_memory() -> bool:
+    """Return whether there is a file system in memory that is large enough and runs programs."""
+    if not os.access(MEMORY, os.W_OK | os.X_OK):
+        return False
+    status = os.statvfs(MEMORY)
+    return status.f_bavail * status.f_frsize >= MEMORY_MIN and not status.f_flag & os.ST_NOEXEC
 
 
 def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, LoopFactory]:
@@ -88,8 +103,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("timed") is not None:
             item.add_marker(pytest.mark.flaky(reruns=2, reruns_delay=2))
-        slow = item.get_closest_marker("slow")
-        test_seconds = TEST_SECONDS if slow is None else slow.kwargs.get("seconds")
+        marker = item.get_closest_marker("slow") or item.get_closest_marker("takes")
+        test_seconds = TEST_SECONDS if marker is None else marker.kwargs.get("seconds")
         seconds[item.path] += test_seconds or SLOW_TEST_SECONDS
     items.sort(key=lambda item: -seconds[item.path])  # stable: modules stay together
 

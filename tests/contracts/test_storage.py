@@ -23,6 +23,8 @@ from tests.support.storages import (
     with_content,
 )
 
+pytestmark = pytest.mark.takes(seconds=0.5)
+
 PNG = body(300_000, b"\x89PNG\r\n\x1a\n")
 HTML = b"<!doctype html><script>alert(1)</script>"
 LARGE = 100 * 2**20

@@ -5,6 +5,7 @@ import importlib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -133,3 +134,12 @@ def test_programs_in_strings_import_names_that_exist() -> None:
 def test_a_folder_of_tests_is_a_folder_of_the_package(folder: Path) -> None:
     name = folder.relative_to(TESTS)
     assert name.name in ("contracts", "end_to_end") or (ROOT / "falproxy" / name).is_dir()
+
+
+@pytest.mark.parametrize("own", [None, pytest.mark.slow(seconds=10).mark])
+def test_end_to_end_tests_are_slow_and_keep_their_seconds(own: pytest.Mark | None) -> None:
+    conftest = importlib.import_module("tests.end_to_end.conftest")
+    item = Mock(path=conftest.FOLDER / "test_some.py")
+    item.get_closest_marker.return_value = own
+    conftest.pytest_collection_modifyitems([item])
+    assert item.add_marker.called == (own is None)

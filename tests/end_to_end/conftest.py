@@ -17,9 +17,9 @@ FOLDER = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks all tests of this folder as slow."""
+    """Marks all tests of this folder as slow, unless they have a marker of their own."""
     for item in items:
-        if item.path.is_relative_to(FOLDER):
+        if item.path.is_relative_to(FOLDER) and item.get_closest_marker("slow") is None:
             item.add_marker(pytest.mark.slow)
 
 

@@ -37,6 +37,8 @@ from tests.support.cli_process import CliProcess
 from tests.support.key_search import CANARY
 from tests.support.redis_server import RedisServer, redis_server
 
+pytestmark = pytest.mark.slow(seconds=2)
+
 MODEL = "fal-ai/flux-pro/kontext/text-to-image"
 RUN, SUBMIT = f"https://fal.run/{MODEL}", f"https://queue.fal.run/{MODEL}"
 MAX_CONCURRENT_POLLS = 40

@@ -22,6 +22,8 @@ from tests.support.paths import CHROMIUM
 from tests.support.running_proxy import RunningProxy, open_running_proxy
 from tests.support.usage import count_calls, run_usage, wait_until_equal
 
+pytestmark = pytest.mark.slow(seconds=6)
+
 NONE = "\u2013"
 KONTEXT = "fal-ai/flux-pro/kontext"
 KEYS = (("ann", "s3cret-ann"), ("bob", "s3cret-bob"))

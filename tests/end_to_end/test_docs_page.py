@@ -17,6 +17,8 @@ from tests.support.js_world import JS, PLAY_TIMEOUT, need
 from tests.support.paths import CHROMIUM
 from tests.support.running_proxy import RunningProxy, open_running_proxy
 
+pytestmark = pytest.mark.slow(seconds=2)
+
 CONTENT_TYPES = {
     "/docs": "text/html",
     "/docs/docs.js": "text/javascript",

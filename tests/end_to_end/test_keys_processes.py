@@ -19,7 +19,7 @@ from tests.support.key_search import CANARY, LEAKS
 from tests.support.postgres_server import PostgresServer, postgres_server
 from tests.support.urls import PROXY, RUN
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(seconds=2)
 
 NODES = 3
 REVOKED_WITHIN = 5.0  # seconds

@@ -3,6 +3,8 @@ screen, at 360, 768 and 1440 px, light and dark. States that other tests reach a
 
 from pathlib import Path
 
+import pytest
+
 from tests.support.js_world import JS, need, open_world
 from tests.support.page_browser import (
     Driver,
@@ -12,6 +14,8 @@ from tests.support.page_browser import (
     open_proxy,
 )
 from tests.support.running_proxy import open_running_proxy
+
+pytestmark = pytest.mark.slow(seconds=5)
 
 DIST = JS.parent.parent / "examples" / "js-client" / "dist"
 FLUX = "fal-ai/flux/dev"

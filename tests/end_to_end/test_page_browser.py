@@ -17,6 +17,8 @@ from tests.support.page_browser import (
     open_proxy,
 )
 
+pytestmark = pytest.mark.slow(seconds=2)
+
 FIRST_LOAD_MAX = 120_000  # bytes over the wire
 PROGRESS = "() => document.querySelector('.job .progress').getAttribute('aria-valuenow')"
 SLIDER = ".compare input[type=range]"

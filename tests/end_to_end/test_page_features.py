@@ -20,6 +20,8 @@ from tests.support.page_browser import (
     open_proxy,
 )
 
+pytestmark = pytest.mark.slow(seconds=2)
+
 FLUX = "fal-ai/flux/dev"
 MULTI = "fal-ai/flux-pro/kontext/multi"
 INPAINTING = "fal-ai/flux-lora/inpainting"

@@ -24,6 +24,8 @@ from tests.support.key_search import CANARY
 from tests.support.redis_server import RedisServer, redis_server
 from tests.support.tcp_forwarder import TcpForwarder
 
+pytestmark = pytest.mark.slow(seconds=4)
+
 CALLS = int(os.environ.get("STORE_FAILURE_CALLS", "6"))
 FREEZE_SECONDS = 4.0
 FILL_VALUE = b"x" * 100_000

@@ -18,6 +18,8 @@ from tests.support.jwks_issuer import EC, OTHER_EC, RSA, Issuer, claims, signed
 from tests.support.polling_client import PollingClient, poll_request
 from tests.support.urls import RUN, SUBMIT
 
+pytestmark = pytest.mark.takes(seconds=1)
+
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:

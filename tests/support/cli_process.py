@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from tests.support.fork_server import FORK_SERVER, ForkedProcess
 from tests.support.key_search import LEAKS
+from tests.support.paths import ROOT
 
 LISTENS = re.compile(r"(?:listens on|imitates fal\.ai on) (http://\S+?)[ .](?=\D)")
 
@@ -54,6 +55,12 @@ def start_command(
     """Start `falproxy` with the arguments. CWD: its directory. code: Python that runs in place of
     its command."""
     return FORK_SERVER.start(arguments, base_environment() | env, env.get("CWD", os.getcwd()), code)
+
+
+def start_module(name: str) -> Coroutine[object, object, ForkedProcess]:
+    """Start a module as `python -m` does. The process has a pipe as stdin."""
+    code = f"import runpy; runpy.run_module({name!r}, run_name='__main__')"
+    return FORK_SERVER.start((), os.environ, str(ROOT), code, has_input=True)
 
 
 def base_environment() -> dict[str, str]:

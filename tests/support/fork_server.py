@@ -16,20 +16,25 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from io import FileIO
 from typing import NamedTuple
 
 from tests.support.paths import ROOT
 
 REQUEST_MAX = 100_000  # bytes
 START_TIMEOUT = 30.0  # seconds
-PIPES = 3  # stdout, stderr, exit code
+PIPES = 4  # stdin, stdout, stderr, exit code
 
 
 @dataclass(slots=True, eq=False)
 class ForkedProcess:
-    """A running command, with those methods of `asyncio.subprocess.Process` that tests use."""
+    """A running command, with those methods of `asyncio.subprocess.Process` that tests use.
+
+    stdin: None if the command has no input.
+    """
 
     pid: int
+    stdin: FileIO | None
     stdout: asyncio.StreamReader
     stderr: asyncio.StreamReader
     _transports: tuple[asyncio.ReadTransport, ...]
@@ -50,6 +55,7 @@ class ForkedProcess:
 
     def close(self) -> None:
         """Close the pipes of a process whose output is not read to its end."""
+        self._close_stdin()
         for transport in self._transports:
             transport.close()
 
@@ -58,7 +64,12 @@ class ForkedProcess:
         assert self.returncode is not None
         return self.returncode
 
+    def _close_stdin(self) -> None:
+        if self.stdin is not None:
+            self.stdin.close()
+
     async def communicate(self) -> tuple[bytes, bytes]:
+        self._close_stdin()
         out, err, _ = await asyncio.gather(self.stdout.read(), self.stderr.read(), self.wait())
         return out, err
 
@@ -101,21 +112,33 @@ class ForkServer:
         env: Mapping[str, str],
         cwd: str,
         code: str | None = None,
+        *,
+        has_input: bool = False,
     ) -> ForkedProcess:
-        """Start `falproxy` with the arguments. code: Python that runs in place of its command."""
-        pipes = [os.pipe() for _ in range(PIPES)]
+        """Start `falproxy` with the arguments.
+
+        code: Python that runs in place of its command.
+        has_input: whether the process has a pipe as stdin, which is empty otherwise.
+        """
+        stdin, writer = os.pipe()
+        pipes = [os.pipe() for _ in range(PIPES - 1)]
+        given = [stdin, *(write for _, write in pipes)]
         request = json.dumps({"arguments": arguments, "env": dict(env), "cwd": cwd, "code": code})
         connection = self._connect()
         try:
-            socket.send_fds(connection, [request.encode()], [write for _, write in pipes])
+            socket.send_fds(connection, [request.encode()], given)
         finally:
-            for _, write in pipes:
-                os.close(write)
+            for descriptor in given:
+                os.close(descriptor)
+        file = os.fdopen(writer, "wb", 0)
+        if not has_input:
+            file.close()
         pid = int(connection.recv(16))
         (stdout, _), (stderr, _), (exit_code, _) = pipes
         out, out_transport = await open_reader(stdout)
         err, err_transport = await open_reader(stderr)
-        process = ForkedProcess(pid, out, err, (out_transport, err_transport))
+        transports = (out_transport, err_transport)
+        process = ForkedProcess(pid, file if has_input else None, out, err, transports)
         process.watch(exit_code)
         return process
 
@@ -168,9 +191,9 @@ def serve(connection: socket.socket) -> Command | None:
                 return None
             if (pid := os.fork()) == 0:
                 break
-            stdout, stderr, exit_pipes[pid] = pipes
-            os.close(stdout)
-            os.close(stderr)
+            *streams, exit_pipes[pid] = pipes
+            for descriptor in streams:
+                os.close(descriptor)
             connection.send(str(pid).encode())
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -192,10 +215,10 @@ def report_ended(exit_pipes: dict[int, int]) -> None:
 
 def take_over(request: dict[str, object], pipes: Sequence[int]) -> Command:
     """Give this process what the request describes, and return the command."""
-    stdout, stderr, exit_pipe = pipes
-    os.dup2(stdout, 1)
-    os.dup2(stderr, 2)
-    for descriptor in (stdout, stderr, exit_pipe):
+    *streams, exit_pipe = pipes
+    for number, descriptor in enumerate(streams):
+        os.dup2(descriptor, number)
+    for descriptor in (*streams, exit_pipe):
         os.close(descriptor)
     os.environ.clear()
     env, arguments, code = request["env"], request["arguments"], request["code"]

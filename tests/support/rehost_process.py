@@ -6,11 +6,10 @@ import hashlib
 import json
 import re
 import sys
-from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
-from tests.support.paths import ROOT
+from tests.support.cli_process import start_module
 
 PIECE = 2**16
 PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\1\0\0\0\1\0\x08\2\0\0\0"
@@ -52,14 +51,11 @@ def name_of(number: int, size: int) -> str:
 @asynccontextmanager
 async def fal_apart() -> AsyncIterator[str]:
     """Start the process and yield its origin."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "tests.support.rehost_process"), cwd=ROOT, stdin=PIPE, stdout=PIPE
-    )
+    process = await start_module("tests.support.rehost_process")
     try:
-        assert process.stdout is not None
         yield (await process.stdout.readline()).decode().strip()
     finally:
-        await process.communicate(b"")  # the end of its input stops it
+        await process.communicate()  # the end of its input stops it
 
 
 async def respond(head: bytes, writer: asyncio.StreamWriter, origin: str) -> None:

@@ -16,6 +16,8 @@ from falproxy.stores.cache.circuit_breaker import (
 )
 from tests.support.fake_store import STORE_DOWN, VIRTUAL_REQUEST, FakeStore, wait_until
 
+pytestmark = pytest.mark.takes(seconds=1)
+
 TIMEOUT = 5.0
 CONTENT = StoreContent("content", is_new=False)
 
