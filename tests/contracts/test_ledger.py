@@ -227,6 +227,18 @@ async def test_the_first_times_of_an_outcome_are_kept(ledger: Ledger, is_early: 
     assert call.record.stored_seconds == 0.4
 
 
+@pytest.mark.parametrize("is_summed", [False, True], ids=["from records", "from sums"])
+async def test_an_empty_principal_selects_the_calls_without_one(
+    ledger: Ledger, is_summed: bool
+) -> None:
+    await ledger.write([record(), record(principal="ann"), record(principal="")])
+    if is_summed:
+        await ledger.sum_periods(NOON + 40 * DAY, 100)
+    query = UsageQuery(until=NOON + 50 * DAY, principal="")
+    assert (await grand_total(ledger, query)).calls == 2
+    assert len(await ledger.latest(query)) == 2
+
+
 AMOUNTS = [
     pytest.param({"estimated": 5}, (5, 0, 0), id="an estimate counts until the price is known"),
     pytest.param(

@@ -128,7 +128,7 @@ class UsageQuery:
     """Filter of records.
 
     since, until: seconds since 1970; `until` is exclusive.
-    principal: None for all principals.
+    principal: None for all principals; empty for the calls without one.
     limit: maximum number of rows returned.
     offset: number of rows before the first one returned.
     """

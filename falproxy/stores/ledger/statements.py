@@ -159,7 +159,8 @@ ADD_START = """
 PAGE = "LIMIT $4 OFFSET $5"
 # Records with their outcomes.
 FROM_OUTCOMES = "LEFT JOIN falproxy_outcomes AS o ON o.request_id = e.request_id"
-IS_OF_PRINCIPAL = "(CAST($3 AS TEXT) IS NULL OR e.principal = CAST($3 AS TEXT))"
+# Calls without a principal have the empty one, as in the names of groups and in the sums.
+IS_OF_PRINCIPAL = "(CAST($3 AS TEXT) IS NULL OR COALESCE(e.principal, '') = CAST($3 AS TEXT))"
 FROM_RECORDS = f"""
     FROM falproxy_entries AS e {FROM_OUTCOMES}
     WHERE e.at >= $1 AND e.at < $2 AND {IS_OF_PRINCIPAL}

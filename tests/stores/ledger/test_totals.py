@@ -174,7 +174,7 @@ async def compare(
             record
             for record in merged(rows)
             if query.since <= record.at < query.until
-            and (query.principal is None or record.principal == query.principal)
+            and (query.principal is None or (record.principal or "") == query.principal)
         ]
         assert await ledger.latest(query) == records
         assert await ledger.totals(query) == [("", sum_records(records))]
