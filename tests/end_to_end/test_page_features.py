@@ -213,6 +213,12 @@ async def test_options_that_another_model_does_not_take_are_its_defaults(
     assert inputs_of(proxy)[0].get("aspect_ratio", "16:9") == "16:9"
 
 
+async def test_durations_have_a_unit(visitor: Visitor) -> None:
+    await visitor.choose_model("fal-ai/kling-video/v2.5-turbo/pro/text-to-video")
+    code = "() => [...document.querySelectorAll('#option-duration option')].map((o) => o.text)"
+    assert await visitor.evaluate(code) == ["5 s", "10 s"]
+
+
 async def test_a_missing_prompt_is_a_problem_of_one_model(visitor: Visitor) -> None:
     await visitor.act("click", selector="#submit")
     await visitor.wait_for_text("#prompt-problem", "Write a prompt first")

@@ -31,8 +31,11 @@ export function rangeHint({ low, high }) {
       : "";
 }
 
-/** Return the label of an enum value: `landscape_4_3` is "Landscape 4:3". @param {string} value */
-export function choiceLabel(value) {
+/** Return the label of an enum value: `landscape_4_3` is "Landscape 4:3". @param {string} value @param {string} [name] */
+export function choiceLabel(value, name) {
+  if (name === "duration" && /^\d+$/.test(value)) {
+    return `${value} s`;
+  }
   if (/^(jpe?g|png|webp|hd)$/.test(value)) {
     return value.toUpperCase();
   }

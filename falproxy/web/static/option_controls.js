@@ -134,7 +134,10 @@ function numberControl(field, id) {
 
 function choiceControl(field, id) {
   const automatic = field.preset === null ? [["", "Automatic"]] : [];
-  const options = [...automatic, ...field.choices.map((value) => [value, choiceLabel(value)])];
+  const options = [
+    ...automatic,
+    ...field.choices.map((value) => [value, choiceLabel(value, field.name)]),
+  ];
   const input = el(
     "select",
     { id },
