@@ -7,9 +7,9 @@ import pytest
 
 from falproxy.stores.ledger import CallRecord, Ledger, LedgerError, ProcessStart, UsageQuery
 from falproxy.stores.ledger.process_starts import STARTS_MAX, read_starts, this_start
-from falproxy.stores.ledger.statements import LEDGER_SCHEMA
 from falproxy.stores.ledger.writer import LedgerWriter
 from tests.support.ledger_processes import LedgerProcesses
+from tests.support.ledger_schema import UNDO_STORED_SECONDS
 from tests.support.virtual_time import run_in_virtual_time
 
 NOON = 1_800_000_000.0
@@ -126,14 +126,15 @@ async def test_a_process_is_recorded_once_however_often_its_application_is_creat
     assert [(mark.version, mark.processes) for mark in found] == [(start.version, 1)]
 
 
-async def test_a_ledger_of_the_version_before_gets_the_table(
+async def test_a_ledger_of_a_version_before_gets_the_table(
     ledger_processes: LedgerProcesses,
 ) -> None:
     async with ledger_processes.make() as first:
         await first.probe()
         for statement in (
+            *UNDO_STORED_SECONDS,
             "DROP TABLE falproxy_starts",
-            f"UPDATE falproxy_ledger SET version = {len(LEDGER_SCHEMA.migrations) - 1}",
+            "UPDATE falproxy_ledger SET version = 5",
         ):
             await first._database.execute(statement)  # type: ignore[attr-defined]
     async with ledger_processes.make() as second:

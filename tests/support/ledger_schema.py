@@ -1,6 +1,11 @@
 """Statements that undo migrations of the ledger, for tests that apply them again."""
 
-# Of the times and the types of errors of calls.
+# Of the times to store files.
+UNDO_STORED_SECONDS = tuple(
+    f"ALTER TABLE {table} DROP COLUMN stored_seconds"
+    for table in ("falproxy_entries", "falproxy_outcomes")
+)
+# Of the times and the types of errors of calls, and of what came later.
 UNDO_CALL_TIMES = (
     *(
         f"DROP INDEX falproxy_{name}"
@@ -11,6 +16,5 @@ UNDO_CALL_TIMES = (
         for name in ("error_type", "ended_at", "run_ms", "call_at", "endpoint", "principal")
     ),
     "ALTER TABLE falproxy_entries DROP COLUMN error_type",
-    "ALTER TABLE falproxy_entries DROP COLUMN stored_seconds",
-    "ALTER TABLE falproxy_outcomes DROP COLUMN stored_seconds",
+    *UNDO_STORED_SECONDS,
 )

@@ -31,7 +31,11 @@ export function rangeHint({ low, high }) {
       : "";
 }
 
-/** Return the label of an enum value: `landscape_4_3` is "Landscape 4:3". @param {string} value @param {string} [name] */
+/**
+ * Return the label of an enum value: `landscape_4_3` is "Landscape 4:3", and 5 is "5 s" for a duration.
+ *
+ * @param {string} value @param {string} [name] of the field
+ */
 export function choiceLabel(value, name) {
   if (name === "duration" && /^\d+$/.test(value)) {
     return `${value} s`;
