@@ -17,10 +17,11 @@ import zlib
 from pathlib import Path
 from statistics import median
 
+from proxy_process import start_proxy
+
 MIB = 2**20
 TICKS = os.sysconf("SC_CLK_TCK")
 AT_ONCE, COUNT, ROUNDS = 16, 64, 3
-LISTENS = re.compile(rb"listens on http://127\.0\.0\.1:(\d+)")
 HEAD = (
     b"POST /api/fal/proxy HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     b"x-fal-target-url: https://fal.run/fal-ai/flux/dev/image-to-image\r\n"
@@ -122,23 +123,6 @@ async def start_nginx(folder: Path, fal: int) -> tuple[asyncio.subprocess.Proces
     return process, port
 
 
-async def start_falproxy(folder: Path, fal: int) -> tuple[asyncio.subprocess.Process, int]:
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "falproxy", "serve", "--port", "0"),
-        stderr=asyncio.subprocess.PIPE,
-        env={
-            "PATH": os.environ["PATH"],
-            "FAL_KEY": "id:secret",
-            "FALPROXY_DATA_DIR": str(folder / "data"),
-            "FALPROXY_UPSTREAM_ORIGIN": f"http://127.0.0.1:{fal}",
-        },
-    )
-    assert process.stderr is not None
-    while not (match := LISTENS.search(await process.stderr.readline())):
-        pass
-    return process, int(match[1])
-
-
 async def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("sizes", nargs="*", type=float, default=[0.5, 1.5, 8.0])
@@ -148,7 +132,7 @@ async def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)
-        proxy, port = await start_falproxy(folder, fal_port)
+        proxy, port = await start_proxy(folder, f"http://127.0.0.1:{fal_port}")
         peer = await start_nginx(folder, fal_port) if shutil.which("nginx") else None
         try:
             for size in sizes:
