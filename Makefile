@@ -47,7 +47,7 @@ rolling-restarts: .venv/dev browser reverse-proxies
 	RESTARTS=$(RESTARTS) $(BIN)/python -m pytest -q tests/end_to_end/test_rolling_restart.py
 
 # What slow readers and large uploads cost in memory, what the result cache, the keeping of outputs and
-# each layer cost in time, and then falproxy beside its peers: the table in bench/RESULTS.md, in some 12 minutes.
+# each layer cost in time, and then falproxy beside its peers: the table in bench/RESULTS.md, in some 40 minutes.
 bench: .venv/dev .venv/bench/.installed .venv/bench-falproxy/.installed bench/peers/node_modules/.installed
 	command -v nginx >/dev/null || RUNLEVEL=1 scripts/apt-install nginx || true
 	command -v wrk >/dev/null || scripts/apt-install wrk || true

@@ -1,6 +1,6 @@
 """`python -m compare`: measures falproxy beside its peers and writes the table.
 
-It takes about twelve minutes, runs on loopback only, and leaves nothing behind.
+It takes about 25 minutes, runs on loopback only, and leaves nothing behind.
 """
 
 import argparse
