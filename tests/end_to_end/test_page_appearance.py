@@ -137,6 +137,13 @@ async def test_running_and_failed_jobs_without_a_result(visitor: Visitor) -> Non
     assert flaws == []
 
 
+async def test_a_job_in_the_queue(visitor: Visitor, proxy: RestartableProxy) -> None:
+    async with proxy.busy():
+        await visitor.submit_job("a lighthouse on a rocky coast at dusk", FLUX)
+        await visitor.wait_for_text(".job-state", "queue")
+        assert await visitor.find_flaws("queued") == []
+
+
 async def test_long_words_other_scripts_and_a_long_error(
     visitor: Visitor, proxy: RestartableProxy
 ) -> None:
