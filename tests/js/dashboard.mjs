@@ -37,7 +37,6 @@ async function visit(page) {
   }
   await waitForRange(page, "day");
   const keys = managesKeys ? await manageKeys(page) : null;
-  await page.waitForLoadState("networkidle"); // the keys are loaded after the numbers
   const hasKeys = await page.locator("#keys-panel").isVisible();
   const result = { ...(await readNumbers(page)), keys, hasKeys };
   result.violations = [...(keys?.violations ?? []), ...(await violationsInBothSchemes(page))];

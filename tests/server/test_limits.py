@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from falproxy.server.limits import (
     HEALTH_CONNECTIONS,
     RESERVED_FILES,
     ConnectionLimits,
+    LimitedProtocol,
     connection_limit,
 )
 from tests.support.empty_ledger import with_empty_ledger
@@ -371,6 +373,33 @@ async def test_busy_connections_leave_room_for_health_checks(
     warnings = [record for record in caplog.records if "limit of 10 connections" in record.message]
     assert len(warnings) == 1
     assert proxy.closed("limit") == 1
+
+
+async def test_a_pause_of_the_process_does_not_put_off_the_search_for_idle_connections(
+    make: Make, fal: FakeFal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The search takes as long as the system gives its time to other processes."""
+    busy = BusyFal()
+    fal.respond = busy.respond
+    proxy = await make(max_connections=10)
+    poll = request(f"x-fal-target-url: {REQUEST}/status", path=PROXY)
+    clients = [await proxy.client(poll) for _ in range(10)]
+    await proxy.until(lambda: len(fal.seen) == 10)
+
+    def search_with_pause(connection: LimitedProtocol) -> bool:
+        time.sleep(0.05)
+        return is_idle(connection)
+
+    is_idle = LimitedProtocol.is_idle.fget
+    assert is_idle is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(LimitedProtocol, "is_idle", property(search_with_pause))
+        assert (await (await proxy.client(LIVE)).head()).startswith(b"HTTP/1.1 200 ")
+    busy.proceed.set()
+    for client in clients:
+        assert (await client.head()).startswith(b"HTTP/1.1 200 ")
+    await proxy.until(lambda: not proxy.server.app[METRICS].in_progress)
+    assert (await (await proxy.client(poll)).head()).startswith(b"HTTP/1.1 200 ")
 
 
 async def test_connections_beyond_the_room_for_health_checks_are_closed(

@@ -20,6 +20,7 @@ let pollTimer = null;
 let currentRequest = null; // AbortController
 let isPaused = false;
 let isUnauthorized = false; // polling stops, so that the key dialog does not open again and again
+let hasNumbers = false;
 let updatedAt = null;
 let infoLoaded = null; // promise
 let previous = { usage: null, performance: null, at: -Infinity };
@@ -50,7 +51,7 @@ function start() {
   window.addEventListener("falproxy:key", () => {
     if (getAccessKey() !== null && isUnauthorized) {
       refresh(true);
-    } else if (getAccessKey() === null && hasNumbers()) {
+    } else if (getAccessKey() === null && hasNumbers) {
       location.reload(); // remove the numbers that the forgotten key gave access to
     }
   });
@@ -86,6 +87,7 @@ async function refresh(isByUser = false) {
       const usage = await response.json();
       showUsage(usage, isByUser);
       await showDetails(usage, signal, isByUser);
+      document.documentElement.dataset.range = rangeName(); // all parts show it
     } else {
       await showResponseError(response);
     }
@@ -107,6 +109,7 @@ async function showDetails(usage, signal, isByUser) {
     loadPerformance(usage, signal),
     showState(usage.principal === null, signal),
     isByUser ? reload() : refreshCallList(),
+    infoLoaded.then(() => showKeys(usage)),
   ]);
   const failed = results.find(({ reason }) => reason !== undefined);
   if (failed !== undefined) {
@@ -151,6 +154,7 @@ async function fetchDocument(path, signal) {
 
 function showUsage(usage, isByUser) {
   updatedAt = new Date();
+  hasNumbers = true;
   byId("notices").replaceChildren();
   document.documentElement.classList.remove("has-no-numbers");
   byId("no-calls").hidden = usage.totals.calls > 0;
@@ -159,9 +163,7 @@ function showUsage(usage, isByUser) {
   showTilesAndCharts(usage, previous.usage);
   showTables(usage);
   suggestNames(usage);
-  infoLoaded.then(() => showKeys(usage));
   showUpdateTime();
-  document.documentElement.dataset.range = rangeName();
   if (isByUser) {
     const calls = formatQuantity(usage.totals.calls, "call");
     byId("announcer").textContent = `${rangePhrase()}: ${calls}.`;
@@ -175,7 +177,7 @@ function showUpdateTime() {
 }
 
 async function showResponseError(response) {
-  document.documentElement.classList.toggle("has-no-numbers", !hasNumbers());
+  document.documentElement.classList.toggle("has-no-numbers", !hasNumbers);
   if (response.status === 401) {
     const onclick = () => {
       allowPrompt();
@@ -191,13 +193,9 @@ async function showResponseError(response) {
   showNotice("bad", `${message}${staleNote()}`);
 }
 
-function hasNumbers() {
-  return document.documentElement.dataset.range !== undefined;
-}
-
 /** Return a sentence with the time of the numbers that are shown, if there are any. */
 function staleNote() {
-  return hasNumbers() ? ` The numbers shown are from ${formatTime(updatedAt)}.` : "";
+  return hasNumbers ? ` The numbers shown are from ${formatTime(updatedAt)}.` : "";
 }
 
 function showNotice(className, ...content) {
