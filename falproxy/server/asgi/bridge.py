@@ -21,7 +21,7 @@ from falproxy.server.asgi.request_head import (
     split_path,
 )
 from falproxy.server.asgi.response_parser import Message, MessageParser
-from falproxy.server.limits import BAD_REQUEST, HEAD_TIMEOUT, Refusal
+from falproxy.server.refusals import BAD_REQUEST, HEAD_TIMEOUT, Refusal
 
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
