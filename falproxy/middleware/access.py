@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
@@ -34,7 +34,13 @@ from falproxy.proxy.call import (
     Call,
 )
 from falproxy.proxy.client_address import client_address
-from falproxy.proxy.head_only import NEEDS_EVERY_ID, NEEDS_EVERY_REQUEST, any_request_id
+from falproxy.proxy.head_only import (
+    ADDRESS_CHECK,
+    NEEDS_EVERY_ID,
+    NEEDS_EVERY_REQUEST,
+    AddressCheck,
+    any_request_id,
+)
 from falproxy.stores.keys import is_secret
 from falproxy.stores.keys.known_keys import MANAGED_KEY_METHOD, KnownKeys
 
@@ -145,6 +151,8 @@ class KeyCheck:
         if principal is None or not admit_key(self.limit, client_address(request), owner, seconds):
             return False
         request[PRINCIPAL], request[OWNER] = principal, owner
+        may_use: AddressCheck = partial(may_use_key, self.limit, owner)
+        request[ADDRESS_CHECK] = may_use
         if grant is not None:
             bind_grant(request, grant)
         return True
@@ -157,6 +165,11 @@ def admit_key(limit: GuessLimit, address: str, owner: str, seconds: int) -> bool
         return False
     limit.record_success(address, owner)
     return True
+
+
+def may_use_key(limit: GuessLimit, owner: str, address: str) -> bool:
+    """Return whether the owner of an access key may use it from an address."""
+    return admit_key(limit, address, owner, limit.seconds_to_wait(address))
 
 
 def is_guess(request: web.Request, methods: Collection[str]) -> bool:

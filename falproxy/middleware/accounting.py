@@ -14,17 +14,24 @@ from aiohttp.typedefs import Handler, Middleware
 from falproxy.errors import ProxyError
 from falproxy.fal.estimates import call_inputs
 from falproxy.fal.policy import is_model_call, model_of
-from falproxy.fal.pricing import charged_cost, cost_from_sizes, parse_units
+from falproxy.fal.pricing import cost_from_sizes, parse_units
 from falproxy.fal.results import image_sizes, parse_result_images
 from falproxy.fal.target import Operation
 from falproxy.ids import IdGenerator, new_id, time_ordered_id
-from falproxy.job_times import JobTime
 from falproxy.json_object import parse_object
 from falproxy.metrics import Metrics
 from falproxy.middleware.access_log import CLIENT_CLOSED_REQUEST
 from falproxy.middleware.cache_policy import CACHED_RESULT
 from falproxy.middleware.charges import Charge, CostHeaders, PendingCharges, format_cost_headers
 from falproxy.middleware.error_types import find_error_type
+from falproxy.middleware.job_ends import (
+    AMBIGUOUS_STATUS,
+    RESULT_ACCOUNTING,
+    UNITS_HEADER,
+    ResultAccounting,
+    is_final,
+    upstream_headers,
+)
 from falproxy.proxy.call import (
     CACHE_OUTCOME,
     CALL,
@@ -38,21 +45,15 @@ from falproxy.proxy.call import (
     USER,
     LateOutcome,
 )
-from falproxy.proxy.forward import RelayedResponse, add_headers
+from falproxy.proxy.forward import add_headers
 from falproxy.proxy.head_only import any_request_id
-from falproxy.proxy.local_responses import FAL_REQUEST_ID, LocalDocument
+from falproxy.proxy.local_responses import FAL_REQUEST_ID
 from falproxy.proxy.prices import PriceBook
 from falproxy.stores.cache import CachedResult
 from falproxy.stores.cache.virtual_requests import is_virtual_id
 from falproxy.stores.ledger import FREE_OUTCOMES, CallRecord, Outcome
 from falproxy.stores.ledger.writer import LedgerWriter
 
-UNITS_HEADER = "x-fal-billable-units"
-# Statuses of a result request that do not concern the job: access denied, unknown job. With 400,
-# fal reports that the job is in progress or that it has failed.
-NOT_JOB_STATUSES = (401, 403, 404, 405)
-AMBIGUOUS_STATUS = 400
-FINAL_HEADERS = (UNITS_HEADER, "x-fal-error-type", "x-fal-retryable")
 CANCELLED = "client_cancelled"  # the error type of fal's result of a cancelled job
 # After these errors fal may have processed the call, and charges it.
 POSSIBLY_PAID_ERRORS = ("upstream_broken", "upstream_timeout")
@@ -76,6 +77,7 @@ def account_calls(writer: LedgerWriter, prices: PriceBook, metrics: Metrics) -> 
     """Middleware: record model calls, and the outcomes of queued jobs, and add headers with their
     cost to the responses."""
     pending_charges, ids = PendingCharges(), IdGenerator()
+    results = ResultAccounting(writer, metrics, pending_charges)
 
     @any_request_id
     @web.middleware
@@ -85,13 +87,11 @@ def account_calls(writer: LedgerWriter, prices: PriceBook, metrics: Metrics) -> 
         call = request[CALL]
         operation = call.target.operation
         if operation is Operation.RESULT and call.method == hdrs.METH_GET:
+            request[RESULT_ACCOUNTING] = results
             response = await handler(request)
-            request_id = call.target.request_id or ""
             if is_final(response):
-                job_end = JobEnd(request_id, response, pending_charges.find(request_id))
-                job_end.stored_seconds = request.get(STORED_SECONDS)
-                await job_end.record(writer, response, metrics.job_times.pop(request_id))
-                add_headers(response, job_end.cost_headers())
+                request_id = call.target.request_id or ""
+                await results.record(request_id, response, request.get(STORED_SECONDS))
             return response
         if operation is Operation.CANCEL and call.method == hdrs.METH_PUT:
             response = await handler(request)
@@ -184,107 +184,6 @@ def cache_details(request: web.Request, record: "OpenRecord") -> tuple[str | Non
     """Return the cache outcome of a call, and the price of the cached result if there is one."""
     cached: CachedResult | None = request.get(CACHED_RESULT)
     return request.get(CACHE_OUTCOME), None if cached is None else record.saved_cost(cached)
-
-
-def upstream_headers(response: web.StreamResponse) -> Mapping[str, str]:
-    return response.upstream_headers if isinstance(response, RelayedResponse) else response.headers
-
-
-def is_final(response: web.StreamResponse) -> bool:
-    """Return whether the response to a result request is the outcome of the job. An error without a
-    request id was not sent by fal's queue, but by a proxy or load balancer in front of it."""
-    if response.status < AMBIGUOUS_STATUS:
-        return True
-    if FAL_REQUEST_ID not in response.headers or response.status in NOT_JOB_STATUSES:
-        return False
-    return response.status != AMBIGUOUS_STATUS or any(
-        name in response.headers for name in FINAL_HEADERS
-    )
-
-
-class JobEnd:
-    """The outcome of a queued job, read from the response to a result request. Virtual requests
-    share the job of another request or have a cached result, and are free.
-
-    charge: None if another process submitted the job.
-    stored_seconds: time to store the files of the result.
-    """
-
-    def __init__(
-        self, request_id: str, response: web.StreamResponse, charge: Charge | None
-    ) -> None:
-        self._request_id = request_id
-        self._status = response.status
-        self._charge = charge
-        self._units: Decimal | None = None
-        self._settled: int | None = 0
-        self._error_type: str | None = None
-        self._job_time: JobTime | None = None
-        self.stored_seconds: float | None = None
-        if is_virtual_id(request_id):
-            return
-        self._units = parse_units(response.headers.get(UNITS_HEADER))
-        if charge is None:
-            self._settled = charged_cost(None, self._units, response.status)
-        else:
-            document = stored_document(response)
-            self._settled = charge.settle(self._units, response.status, document)
-        if self._settled is None and self._units is None and self._status >= AMBIGUOUS_STATUS:
-            self._settled = 0  # fal sends the units of failed jobs that it charges
-
-    def __repr__(self) -> str:
-        return f"<JobEnd {self._request_id}, status {self._status}>"
-
-    async def record(
-        self, writer: LedgerWriter, response: web.StreamResponse, job_time: JobTime
-    ) -> None:
-        """Write the outcome to the ledger, and its cost and error later if they are not known
-        yet."""
-        self._job_time = job_time
-
-        def record_error_type(error_type: str) -> None:
-            self._error_type = error_type
-            self._write(writer)
-
-        self._error_type = await find_error_type(response, record_error_type)
-        self._write(writer)
-        if self._charge is not None and self._settled is None and self._units is not None:
-            self._charge.when_priced(partial(self._settle_late, writer, self._charge))
-
-    def cost_headers(self) -> CostHeaders:
-        charge = self._charge
-        if is_virtual_id(self._request_id):
-            return format_cost_headers(0, None if charge is None else charge.saved)
-        if self._settled is None and charge is not None and self._status < AMBIGUOUS_STATUS:
-            return format_cost_headers(charge.estimated)
-        return format_cost_headers(self._settled)
-
-    def _settle_late(self, writer: LedgerWriter, charge: Charge) -> None:
-        self._settled = charge.settle(self._units, self._status)
-        if self._settled is not None:
-            self._write(writer)
-
-    def _write(self, writer: LedgerWriter) -> None:
-        job_time = self._job_time
-        writer.enqueue(
-            Outcome(
-                request_id=self._request_id,
-                status=self._status,
-                units=self._units,
-                settled=self._settled,
-                error_type=self._error_type,
-                ended_at=None if job_time is None else job_time.ended_at,
-                run_seconds=None if job_time is None else job_time.run_seconds,
-                stored_seconds=self.stored_seconds,
-            )
-        )
-
-
-def stored_document(response: web.StreamResponse) -> bytes | None:
-    """Return a result from the cache, whose units are not known."""
-    if not isinstance(response, LocalDocument) or response.status != web.HTTPOk.status_code:
-        return None
-    return response.body if isinstance(response.body, bytes) else None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -15,7 +15,7 @@ from falproxy.fal.keys import KeyPool
 from falproxy.fal.live import session_cost
 from falproxy.fal.pricing import Price, Unit, cost_from_units, parse_decimal, parse_units
 from falproxy.json_object import parse_object
-from falproxy.middleware.accounting import UNITS_HEADER
+from falproxy.middleware.job_ends import UNITS_HEADER
 from falproxy.middleware.limiter import AskFal, JobState
 from falproxy.proxy.queue_job import FAL_REQUEST_ID, JobFollower
 from falproxy.proxy.upstream import UPSTREAM

@@ -22,7 +22,7 @@ from falproxy.fal.queue_documents import parse_submit_response
 from falproxy.fal.target import Operation
 from falproxy.limit_settings import LimitSettings
 from falproxy.metrics import Metrics
-from falproxy.middleware.accounting import POSSIBLY_PAID_ERRORS, is_final, upstream_headers
+from falproxy.middleware.accounting import POSSIBLY_PAID_ERRORS
 from falproxy.middleware.call_limits import (
     CALL_LIMITS,
     ON_ADMITTED,
@@ -34,6 +34,7 @@ from falproxy.middleware.call_limits import (
 )
 from falproxy.middleware.image_inputs import INSPECTED_INPUT, NEEDS_INPUT, NOT_INSPECTED
 from falproxy.middleware.job_costs import JobDetails, actual_cost, mark_cancelled
+from falproxy.middleware.job_ends import current_headers, is_final, upstream_headers
 from falproxy.middleware.limiter import CallReservation, Limiter, LimitsUnavailable
 from falproxy.middleware.live_reservations import attach_session, first_seconds
 from falproxy.proxy.call import CALL, FOLLOWING_INPUTS, OPENED_SESSION, PRINCIPAL, RATES_COUNTED
@@ -208,18 +209,21 @@ def reserve_costs(policy: LimitPolicy) -> Middleware:
     return reserve_costs_middleware
 
 
-def settle_jobs(limiter: Limiter) -> Middleware:
+def settle_jobs(policy: LimitPolicy) -> Middleware:
     """Middleware: end the reservation of a job whose result is read, and have a cancelled job
     checked."""
+    limiter = policy.limiter
 
-    @any_request_id
+    @any_request_id  # for callers without limits, whose jobs have no reservations
     @web.middleware
     async def settle_jobs_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         call = request[CALL]
         operation, request_id = call.target.operation, call.target.request_id or ""
+        if limits_of(request, policy.settings):
+            request[NEEDS_EVERY_REQUEST] = "settle_jobs"
         response = await handler(request)
         if operation is Operation.RESULT and call.method == hdrs.METH_GET and is_final(response):
-            await settle_job(limiter, request_id, response.status, response.headers)
+            await settle_job(limiter, request_id, response.status, current_headers(response))
         elif operation is Operation.CANCEL and response.status < web.HTTPBadRequest.status_code:
             await limiter.check_job_soon(request_id, mark_cancelled)
         return response

@@ -15,7 +15,7 @@ from falproxy.fal.file_urls import URL_KEY
 from falproxy.fal.target import Operation
 from falproxy.proxy.call import CALL, REHOST_STATUS, REPEAT_IS_FREE, STORED_SECONDS
 from falproxy.proxy.forward import DOCUMENT_MAX, JSON_TYPE, RelayedResponse
-from falproxy.proxy.head_only import any_request_id
+from falproxy.proxy.head_only import NEEDS_EVERY_REQUEST, any_request_id
 from falproxy.proxy.local_responses import LocalDocument
 from falproxy.proxy.upstream import NO_RETRY_HEADERS
 from falproxy.spool import SpoolQuota
@@ -66,6 +66,7 @@ def rehost_outputs(rehosting: RehostConfig) -> Middleware:
         if call.target.operation not in RESULT_OPERATIONS:
             return await handler(request)
         request[CALL] = replace(call, needs_identity=True)
+        request[NEEDS_EVERY_REQUEST] = "rehost_outputs"
         response = await handler(request)
         if response.status == web.HTTPOk.status_code:
             try:

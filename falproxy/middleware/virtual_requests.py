@@ -16,7 +16,12 @@ from falproxy.fal.target import Operation, Target
 from falproxy.middleware.cache_policy import CachePolicy
 from falproxy.proxy.call import CACHE_OUTCOME, CALL, OWNER, Call
 from falproxy.proxy.forward import RelayedResponse, sync_rewrite
-from falproxy.proxy.head_only import IdCheck, add_id_check, any_request_id
+from falproxy.proxy.head_only import (
+    NEEDS_EVERY_REQUEST,
+    IdCheck,
+    add_id_check,
+    any_request_id,
+)
 from falproxy.proxy.local_responses import (
     CANCELLED_FAILURE,
     FAL_REQUEST_ID,
@@ -72,11 +77,13 @@ def serve_virtual_requests(
         call = request[CALL]
         if (request_id := call.target.request_id) is None:
             return await handler(request)
-        if is_virtual_id(request_id) or call.target.operation in STORE_LOOKUP_OPERATIONS:
-            virtual_request = await find_virtual_request(
-                call, request_id, eligibility, result_cache
-            )
-        else:  # a poll of fal's own id: the store is not read
+        if is_virtual_id(request_id) or (
+            call.target.operation in STORE_LOOKUP_OPERATIONS
+            and eligibility.is_cacheable_app(call.target)
+        ):
+            request[NEEDS_EVERY_REQUEST] = "serve_virtual_requests"
+            virtual_request = await find_virtual_request(call, request_id, result_cache)
+        else:  # fal's own id, which is of no shared job, or is polled: the store is not read
             add_id_check(request, is_of_fal)
             virtual_request = if_cancelled(result_cache.virtual_requests.peek(request_id))
         if virtual_request is None:
@@ -105,7 +112,7 @@ def id_check(result_cache: ResultCache) -> IdCheck:
 
 
 async def find_virtual_request(
-    call: Call, request_id: str, eligibility: CacheEligibility, result_cache: ResultCache
+    call: Call, request_id: str, result_cache: ResultCache
 ) -> VirtualRequest | None:
     """Return the virtual request with this id, which may be a shared id of fal's; None for others.
 
@@ -119,8 +126,6 @@ async def find_virtual_request(
         if virtual_request is None:
             raise request_not_found()
         return virtual_request
-    if not eligibility.is_cacheable_app(call.target):
-        return None
     try:
         return await result_cache.virtual_requests.get(request_id)
     except StoreError as error:

@@ -185,18 +185,17 @@ class RelayedResponse(web.StreamResponse):
     @property
     def is_encoded(self) -> bool:
         """Whether the body is compressed, and so cannot be read here."""
-        return not is_identity(self._read_headers)
+        return not is_identity(self.current_headers)
 
     @property
-    def _read_headers(self) -> CIMultiDictProxy[str] | CIMultiDict[str]:
-        """The headers of the body, without filling `headers`: the response may still be sent in
-        one write."""
+    def current_headers(self) -> CIMultiDictProxy[str] | CIMultiDict[str]:
+        """`headers` if they are filled, else fal's: the response may still be sent in one write."""
         return self.headers if self._headers_loaded else self.upstream_headers
 
     async def document(self, limit: int = DOCUMENT_MAX) -> bytes | None:
         """Return the body if it is unencoded JSON of at most `limit` bytes, else None. The body is
         relayed in either case. Raises: ProxyError 502, 504."""
-        is_json = JSON_TYPE.match(sole_value(self._read_headers, hdrs.CONTENT_TYPE) or "")
+        is_json = JSON_TYPE.match(sole_value(self.current_headers, hdrs.CONTENT_TYPE) or "")
         return await self.read(limit) if is_json else None
 
     async def read(self, limit: int) -> bytes | None:

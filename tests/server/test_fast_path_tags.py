@@ -1,7 +1,9 @@
-"""The fast path for heads that differ in the identifiers of load balancers only."""
+"""The fast path for heads that differ in the identifiers of load balancers, cookies and addresses
+of clients only."""
 
 import logging
 from collections.abc import Callable
+from ipaddress import ip_network
 
 import pytest
 from aiohttp import web
@@ -9,8 +11,9 @@ from aiohttp.typedefs import Middleware
 
 from falproxy import Identity, create_app
 from falproxy.app.pipeline import authorization
+from falproxy.middleware.guess_limit import BURST
 from falproxy.proxy.head_only import any_request_id, head_only
-from falproxy.server.fast_path import REQUEST_TAGS, split_tags
+from falproxy.server.fast_path import CALLER_TAGS, REQUEST_TAGS, split_tags
 from tests.support.fake_fal import FakeFal
 from tests.support.gateway import FastPathTestServer
 from tests.support.key_search import CANARY
@@ -28,7 +31,8 @@ from tests.support.settings import make_settings
 
 pytestmark = pytest.mark.both_event_loops
 
-NAMES = [name.decode() for name in REQUEST_TAGS]
+NAMES = [name.decode() for name in REQUEST_TAGS + CALLER_TAGS]
+KEYS = (("ann", "a-key-of-16-chars"),)
 KINDS = pytest.mark.parametrize("kind", ["poll", "submit"])
 
 
@@ -128,7 +132,7 @@ HEAD = poll_request("7e2f0b8a-0001-4000-8000-000000000000", "Accept: x")
         pytest.param(b" CF-Ray: 1", id="continues the line before"),
         pytest.param(b"CF-Ray: \x00", id="control character"),
         pytest.param(b"CF-Ray: \xff", id="not ASCII"),
-        pytest.param(b"CF-Ray: " + b"1" * 257, id="too long"),
+        pytest.param(b"CF-Ray: " + b"1" * 4097, id="too long"),
         pytest.param(b"CF-Ray: 1\r2", id="CR alone"),
         pytest.param(b"CF-Ray: 1\n2", id="LF alone"),
         pytest.param(b"CF-Ray", id="no value"),
@@ -197,3 +201,64 @@ async def test_a_hook_that_refuses_is_obeyed_with_any_tag(make_proxy: MakeProxy)
     assert await client.status(submit_request("X-Request-ID: 1")) == 200
     allowed = False
     assert await client.status(submit_request("X-Request-ID: 2")) == 401
+
+
+async def test_a_hook_sees_each_cookie(make_proxy: MakeProxy) -> None:
+    async def authenticate(request: web.Request) -> Identity | None:
+        name = request.cookies.get("session")
+        return Identity(name, valid_for=60.0) if name in ("ann", "bob") else None
+
+    proxy = await make_proxy(authenticate)
+    client = await proxy.client()
+    statuses = {"ann": 200, "bob": 200, "eve": 401}
+    for name in ("ann", "ann", "bob", "eve", "ann", "eve", "bob"):
+        submit = submit_request(f"Cookie: session={name}")
+        assert await client.status(submit) == statuses[name], name
+    of_ann = await proxy.submit("Cookie: session=ann")
+    for name, status in (("ann", 200), ("bob", 404), ("ann", 200), ("bob", 404), ("eve", 401)):
+        poll = poll_request(of_ann, f"Cookie: session={name}")
+        assert await client.status(poll) == status, name
+    assert proxy.hits == 1, "the same head again"
+
+
+async def test_the_log_has_the_address_of_each_client(
+    make_proxy: MakeProxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    proxy = await make_proxy(trusted_proxies=(ip_network("127.0.0.1"),))
+    client = await proxy.client()
+    with caplog.at_level(logging.INFO, "falproxy.calls"):
+        for lines in (
+            ["X-Forwarded-For: 198.51.100.1"],
+            ["X-Forwarded-For: 198.51.100.2 "],
+            [],
+            ["X-Forwarded-For: 198.51.100.3", "X-Forwarded-For: 198.51.100.4"],
+            ["X-Forwarded-For: 198.51.100.5, 127.0.0.1"],
+        ):
+            assert await client.status(poll_request(new_id(), *lines)) == 200
+    fields = [vars(each)["fields"] for each in caplog.records if each.name == "falproxy.calls"]
+    addresses = ["198.51.100.1", "198.51.100.2", "127.0.0.1", "198.51.100.4", "198.51.100.5"]
+    assert [line["client"] for line in fields] == addresses
+    assert proxy.hits == 4
+
+
+async def test_a_key_is_not_used_from_an_address_that_guesses(make_proxy: MakeProxy) -> None:
+    """A right guess gets the same response as a wrong one."""
+    proxy = await make_proxy(access_keys=KEYS, trusted_proxies=(ip_network("127.0.0.1"),))
+    client = await proxy.client()
+    key, of_ann = f"x-falproxy-key: {KEYS[0][1]}", "X-Forwarded-For: 198.51.100.1"
+    job = await proxy.submit(key, of_ann)
+    for _ in range(2):
+        assert await client.status(poll_request(job, key, of_ann)) == 200
+    assert proxy.hits == 1
+    guess, of_guesser = "x-falproxy-key: a-key-of-16-charz", "X-Forwarded-For: 198.51.100.2"
+    for _ in range(BURST):
+        assert await client.status(poll_request(job, guess, of_guesser)) == 401
+    assert await client.status(poll_request(job, key, of_guesser)) == 429
+    for _ in range(BURST):
+        await client.status(poll_request(job, guess, of_ann))
+    assert await client.status(poll_request(job, guess, of_ann)) == 429
+    assert await client.status(poll_request(job, key, of_ann)) == 200, "it used the key before"
+    hits = proxy.hits
+    other = "X-Forwarded-For: 198.51.100.3"
+    assert await client.status(poll_request(job, key, other)) == 200
+    assert proxy.hits == hits + 1

@@ -191,7 +191,7 @@ class LimitedProcess:
         self.app[UPSTREAM] = fal  # type: ignore[misc]
         self.limiter = Limiter(self.store, job_check(self.app, KEYS))
         policy = LimitPolicy(self.limiter, price_book(), SETTINGS, Metrics())
-        self._reserve, self._settle = reserve_costs(policy), settle_jobs(self.limiter)
+        self._reserve, self._settle = reserve_costs(policy), settle_jobs(policy)
         self.calls: set[asyncio.Task[Any]] = set()
 
     @property
@@ -234,6 +234,7 @@ class LimitedProcess:
 
     def _request(self, method: str, host: str, path: str) -> web.Request:
         request: Any = SimulatedRequest(self.app)
+        request[OWNER] = "web"
         request[CALL] = Call(method, Target(host, path, ""), CIMultiDictProxy(CIMultiDict[str]()))
         return request  # type: ignore[no-any-return]
 

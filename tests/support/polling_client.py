@@ -43,13 +43,22 @@ class PollingClient:
 
     async def read(self) -> tuple[int, bytes]:
         """Return the status and the body of the next response."""
+        head, _, body = await self._read()
+        return int(head.split()[1]), body
+
+    async def read_headers(self) -> dict[str, str]:
+        """Return the headers of the next response, with names and values in lower case."""
+        return (await self._read())[1]
+
+    async def _read(self) -> tuple[bytes, dict[str, str], bytes]:
         async with asyncio.timeout(TIMEOUT):
             reader = self._streams[0][0]
             head = await reader.readuntil(b"\r\n\r\n")
-            lines = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:-2])
-            body = await reader.readexactly(int(lines[b"content-length"]))
+            lines = head.decode("latin-1").lower().split("\r\n")[1:-2]
+            headers = dict(line.split(": ", 1) for line in lines)
+            body = await reader.readexactly(int(headers["content-length"]))
         LEAKS.search((head + body).decode("latin-1"), "a response's bytes")
-        return int(head.split()[1]), body
+        return head, headers, body
 
     async def request(self, data: bytes) -> tuple[int, bytes]:
         self.write(data)

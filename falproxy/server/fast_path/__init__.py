@@ -1,4 +1,4 @@
-"""Fast path for repeated requests: status polls, and submits whose result is not cached.
+"""Fast path for repeated requests: status polls, results, and submits whose result is not cached.
 
 The first request with a given head goes through all middleware. The decision is cached for 60 s as
 a `CachedRoute`, under the raw bytes of the head (method, URL, headers except Content-Length). Later
@@ -6,9 +6,10 @@ requests with the same head are sent to fal on an idle connection, without enter
 request handling. Anything unusual in the request or the response falls back to the normal path,
 together with the response already received.
 
-A poll's request id is left out of its key, so that polls of other jobs, whose heads are the same
-otherwise, take the fast path too. The id must be a UUID, and the only one of its kind in the head.
-So are the identifiers that load balancers give to each request (`REQUEST_TAGS`).
+The request id of a poll or result is left out of its key, so that requests about other jobs, whose
+heads are the same otherwise, take the fast path too. The id must be a UUID, and the only one of its
+kind in the head. So are the identifiers that load balancers give to each request (`REQUEST_TAGS`),
+and cookies and addresses of clients (`CALLER_TAGS`).
 
 Consequences:
 
@@ -16,11 +17,12 @@ Consequences:
   `head_only`: it decides by the head alone, acts only on requests that the fast path does not take,
   or the fast path does its work itself (accounting, image check). If one of them is not declared
   with `any_request_id`, the route is for its own head only, with all identifiers.
-* Four facts are checked for each request: whether the circuit breaker is closed, whether the
+* Five facts are checked for each request: whether the circuit breaker is closed, whether the
   middleware lets the request id through (`ID_CHECKS`: it is of the caller's own job, and of no
-  virtual or shared one), whether direct writes are enabled, and whether the caller's credential is
-  still valid: a token, a key that was made at run time, an identity that a hook returned. Any other
-  state behind a cached decision may be up to 60 s old.
+  virtual or shared one), whether direct writes are enabled, whether the caller's credential is
+  still valid (a token, a key that was made at run time, an identity that a hook returned), and
+  whether an access key may be used from the client's address (`ADDRESS_CHECK`). Any other state
+  behind a cached decision may be up to 60 s old.
 * The route of a caller that a hook has identified is used on the same connection only.
 * A request that the normal path refuses ends the route of its head.
 * Metrics, access log and usage records are written as on the normal path.
@@ -32,12 +34,14 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from falproxy.circuit_breaker import CircuitBreaker
 from falproxy.middleware.access_log import CallLabels
 from falproxy.middleware.accounting import RecordTemplate
+from falproxy.middleware.job_ends import ResultAccounting
 from falproxy.proxy.call import Grant
-from falproxy.proxy.head_only import IdCheck
+from falproxy.proxy.head_only import AddressCheck, IdCheck
 from falproxy.proxy.headers import HEAD_END
 from falproxy.proxy.transport import UpstreamRequest
 
@@ -54,13 +58,32 @@ REQUEST_TAGS = (
     b"rndr-id", b"x-amzn-trace-id", b"x-amz-cf-id", b"x-azure-ref", b"x-cloud-trace-context",
     b"x-vercel-id", b"x-b3-traceid", b"x-b3-spanid", b"x-b3-parentspanid",
 )  # fmt: skip
+# Headers that identify a browser. They are not sent to fal either. Only a hook reads cookies: the
+# routes of its callers are for their own head only. Addresses are checked and logged.
+CALLER_TAGS = (
+    b"x-forwarded-for", b"cookie", b"x-real-ip", b"forwarded", b"cf-connecting-ip",
+    b"true-client-ip", b"fly-client-ip",
+)  # fmt: skip
 # A line with one of them, which the next line does not continue.
 TAG_LINE = re.compile(
-    rb"\r\n(?:(x-request-id)|%s):[ \t]*([\x20-\x7e]{0,256})(?=\r\n[^ \t])"
-    % b"|".join(REQUEST_TAGS[1:]),
+    rb"\r\n(?:(x-request-id)|(x-forwarded-for)|%s):[ \t]*([\x20-\x7e]{0,4096})(?=\r\n[^ \t])"
+    % b"|".join(REQUEST_TAGS[1:] + CALLER_TAGS[1:]),
     re.IGNORECASE,
 )
 TAGGED_HEAD_MAX = 6144  # bytes
+
+
+class Tags(NamedTuple):
+    """Those of one request that the proxy reads.
+
+    request_id: the first X-Request-ID.
+    forwarded_for: the values of X-Forwarded-For.
+    """
+
+    request_id: str | None
+    forwarded_for: tuple[str, ...]
+
+
 # The request id in the head of a poll, and the head before and behind it.
 PollHead = tuple[bytes, tuple[bytes, bytes]]
 
@@ -73,14 +96,17 @@ class CachedRoute:
     request: as sent to fal, without the body.
     parts: the bytes sent to fal before and behind the request id; None for one head only.
     breaker: of the target's host, None for a host without a backup.
-    request_id: of the polled job in fal's queue, None for a submit.
+    request_id: of the job in fal's queue that the request is about, None for a submit.
     id_checks: of the middleware, for each request id.
     expires_at: by `time.monotonic`.
     client_request_id: the X-Request-ID in the head.
     forwarded_for: the values of X-Forwarded-For in the head.
+    address_check: whether the caller may use its credential from an address; None if it may from
+        all.
     extra_headers: of the response, beside fal's.
     labels_by_status: for metrics and log, for each status that the fast path handles.
     record_template: for the usage record of a submit.
+    results: records the outcome of a job whose result is requested; None for other requests.
     grant: of the caller, if its credential may end; the route ends with it.
     """
 
@@ -92,9 +118,11 @@ class CachedRoute:
     expires_at: float
     client_request_id: str | None
     forwarded_for: tuple[str, ...]
+    address_check: AddressCheck | None
     extra_headers: tuple[tuple[str, str], ...]
     labels_by_status: Mapping[int, CallLabels]
     record_template: RecordTemplate | None
+    results: ResultAccounting | None
     grant: Grant | None
 
     def __repr__(self) -> str:
@@ -131,15 +159,19 @@ def split_poll(head: bytes) -> PollHead | None:
     return head[start:end], (head[:start], head[end:])
 
 
-def split_tags(head: bytes) -> tuple[bytes, bytes | None]:
-    """Return a head without `REQUEST_TAGS`, and the value of its first X-Request-ID. A head that is
-    not complete, or too large, is returned as it is."""
+def split_tags(head: bytes) -> tuple[bytes, Tags | None]:
+    """Return a head without `REQUEST_TAGS` and `CALLER_TAGS`, and its tags. None for a head
+    without tags, and one that is not complete or too large, which is returned as it is."""
     if len(head) > TAGGED_HEAD_MAX or head.find(HEAD_END) != len(head) - len(HEAD_END):
         return head, None
     if not (tags := TAG_LINE.findall(head)):
         return head, None
-    client_id = next((value.rstrip() for name, value in tags if name), None)
-    return TAG_LINE.sub(b"", head), client_id
+    client_id = next((value for is_id, _, value in tags if is_id), None)
+    addresses = [value for _, is_address, value in tags if is_address]
+    return TAG_LINE.sub(b"", head), Tags(
+        None if client_id is None else client_id.rstrip().decode("ascii"),
+        tuple(value.rstrip().decode("ascii") for value in addresses),
+    )
 
 
 def split_request(data: bytes) -> tuple[bytes, bytes]:

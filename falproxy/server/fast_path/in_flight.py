@@ -166,8 +166,9 @@ class InFlightRequest:
         for a response that needs the normal path."""
         route, ids = self._route, self._ids
         first_byte = time.perf_counter() - self._started
+        has_cost = self._open_record is not None or route.results is not None
         extra_headers = (
-            *(() if self._open_record is None else (COST_PLACEHOLDER,)),
+            *((COST_PLACEHOLDER,) if has_cost else ()),
             *route.extra_headers,
             *format_timing_headers(ids.request, first_byte - upstream_seconds, upstream_seconds),
         )
@@ -175,13 +176,17 @@ class InFlightRequest:
         if head is None:
             return False
         self._connection = None
+        body = response.read_nowait()
         if self._open_record is not None:
             costs = self._open_record.complete(labels.status, response.headers, upstream_seconds)
             head = replace_header(head, COST_PLACEHOLDER, costs)
-        client, body = self._client, response.read_nowait()
-        client.write_response(head + body)
-        if labels.status == COMPLETED_STATUS and ids.fal is not None:
+        elif route.results is not None and ids.fal is not None:
+            costs = route.results.record_success(ids.fal, labels.status, response.headers)
+            head = replace_header(head, COST_PLACEHOLDER, costs)
+        elif labels.status == COMPLETED_STATUS and ids.fal is not None:
             self._metrics.job_times.observe(ids.fal, body)
+        client = self._client
+        client.write_response(head + body)
         total = time.perf_counter() - self._started
         if ids.fal is None:
             ids = ids._replace(fal=response.headers.get(FAL_REQUEST_ID))

@@ -15,6 +15,7 @@ from falproxy.metrics import Metrics
 from falproxy.middleware.access_log import CallIds, CallLabels, client_request_id, valid_request_id
 from falproxy.middleware.accounting import RECORD_TEMPLATE
 from falproxy.middleware.image_inputs import INSPECTED_INPUT, NOT_CACHEABLE
+from falproxy.middleware.job_ends import RESULT_ACCOUNTING
 from falproxy.proxy.call import (
     CACHE_OUTCOME,
     CALL,
@@ -28,6 +29,7 @@ from falproxy.proxy.call import (
 from falproxy.proxy.client_address import FORWARDED_FOR, TRUSTED_PROXIES
 from falproxy.proxy.forward import DirectWrite, RelayedResponse
 from falproxy.proxy.head_only import (
+    ADDRESS_CHECK,
     ID_CHECKS,
     NEEDS_EVERY_ID,
     NEEDS_EVERY_REQUEST,
@@ -77,7 +79,7 @@ class RouteCache:
         self.next_connection = count().__next__
         self._logged: set[str] = set()  # middleware that kept requests off the fast path
         self._trusted_proxies = TrustedProxies()
-        # The middleware of the application decides for all request ids, and all `REQUEST_TAGS`.
+        # The middleware of the application decides for all request ids, and all tags.
         self._takes_any_id = False
         self._upstream: Upstream | None = None
         self._pool: Pool | None = None
@@ -101,9 +103,9 @@ class RouteCache:
         head, body = split_request(data)
         poll = split_poll(head)
         key, route = self._find(client, head, poll)
-        tag = None
+        tags = None
         if route is None and self._takes_any_id:
-            head, tag = split_tags(head)
+            head, tags = split_tags(head)
             poll = split_poll(head)
             key, route = self._find(client, head, poll)
         if route is None:
@@ -111,15 +113,19 @@ class RouteCache:
         request_id = polled_id(route, poll)
         if self._pool is None or not self._is_eligible(key, body, route, request_id):
             return None
+        forwarded_for = route.forwarded_for if tags is None else tags.forwarded_for
+        address = self._trusted_proxies.client_address(client.peer, forwarded_for)
+        if route.address_check is not None and not route.address_check(address):
+            return None
         connection = self._pool.acquire_idle(route.request.origin)
         if connection is None:
             return None
         ids = CallIds(
-            (tag and valid_request_id(tag.decode("ascii")))
+            (tags and valid_request_id(tags.request_id or ""))
             or route.client_request_id
             or self._ids.next_id(),
             request_id,
-            self._trusted_proxies.client_address(client.peer, route.forwarded_for),
+            address,
         )
         in_flight = InFlightRequest(client, data, route, self._metrics, ids)
         if not in_flight.start(connection, body):
@@ -204,7 +210,8 @@ class RouteCache:
             id_checks=request.get(ID_CHECKS, ()),
             expires_at=time.monotonic() + self.ttl,
             client_request_id=None if ignores_tags else client_request_id(request),
-            forwarded_for=tuple(request.headers.getall(FORWARDED_FOR, ())),
+            forwarded_for=() if ignores_tags else tuple(request.headers.getall(FORWARDED_FOR, ())),
+            address_check=request.get(ADDRESS_CHECK),
             extra_headers=tuple(
                 header for header in response.extra_headers if header[0] not in CALL_HEADERS
             ),
@@ -212,6 +219,7 @@ class RouteCache:
                 status: labels._replace(status=status) for status in ELIGIBLE_STATUSES
             },
             record_template=request.get(RECORD_TEMPLATE),
+            results=request.get(RESULT_ACCOUNTING),
             grant=grant,
         )
 
@@ -223,7 +231,8 @@ class RouteCache:
         call, grant = request[CALL], request.get(GRANT)
         if not response.was_sent_directly or not (grant is None or grant.use()):
             return False
-        return is_poll(call) or is_eligible_submit(call, request)
+        is_result = RESULT_ACCOUNTING in request
+        return is_poll(call, is_result=is_result) or is_eligible_submit(call, request)
 
     def _remove_if_admitted(self, client: ClientConnection, head: bytes) -> None:
         """End the routes of a head, except those for other request ids only."""
@@ -286,10 +295,12 @@ def split_at_id(
     return before, behind
 
 
-def is_poll(call: Call) -> bool:
+def is_poll(call: Call, *, is_result: bool) -> bool:
+    """Return whether a request reads the status of a job, or its result, which is recorded."""
     target = call.target
-    is_status = target.operation is Operation.STATUS and target.request_id is not None
-    return is_status and call.method == hdrs.METH_GET and call.body is None
+    is_read = target.operation is (Operation.RESULT if is_result else Operation.STATUS)
+    is_about_job = is_read and target.request_id is not None
+    return is_about_job and call.method == hdrs.METH_GET and call.body is None
 
 
 def is_eligible_submit(call: Call, request: web.Request) -> bool:

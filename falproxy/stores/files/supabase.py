@@ -163,6 +163,7 @@ class SupabaseStorage(Storage):
                 pool=timeouts.pool,
             ),
             self._add_key,
+            is_tls=self._project_url.startswith("https:"),
         )
         # Opens no connections. No user signs in, so that there is no token to refresh.
         options = AsyncClientOptions(

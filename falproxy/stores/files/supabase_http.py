@@ -122,13 +122,19 @@ class SupabaseTransport(httpx.AsyncHTTPTransport):
             return response
 
 
-async def open_client(timeouts: httpx.Timeout, add_key: AddKey) -> httpx.AsyncClient:
+async def open_client(
+    timeouts: httpx.Timeout, add_key: AddKey, *, is_tls: bool
+) -> httpx.AsyncClient:
     """Return an HTTP client for Supabase. It follows no redirects, which could lead the key to
     another host, and ignores proxy variables of the environment.
 
     add_key: adds the key to a request, so that no attribute of a client has it.
+    is_tls: whether the project has a URL with TLS.
     """
-    ssl_context = await asyncio.to_thread(ssl.create_default_context)  # reads hundreds of files
+    if is_tls:
+        ssl_context = await asyncio.to_thread(ssl.create_default_context)  # reads hundreds of files
+    else:
+        ssl_context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # trusts no server
     return httpx.AsyncClient(
         transport=SupabaseTransport(ssl_context),
         timeout=timeouts,
