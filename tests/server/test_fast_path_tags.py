@@ -13,7 +13,8 @@ from falproxy import Identity, create_app
 from falproxy.app.pipeline import authorization
 from falproxy.middleware.guess_limit import BURST
 from falproxy.proxy.head_only import any_request_id, head_only
-from falproxy.server.fast_path import CALLER_TAGS, REQUEST_TAGS, split_tags
+from falproxy.server.fast_path import CALLER_TAGS, REQUEST_TAGS, Tags, split_tags
+from falproxy.server.fast_path.untagged_keys import KEYS_MAX, KEYS_MAX_BYTES
 from tests.support.fake_fal import FakeFal
 from tests.support.gateway import FastPathTestServer
 from tests.support.key_search import CANARY
@@ -262,3 +263,76 @@ async def test_a_key_is_not_used_from_an_address_that_guesses(make_proxy: MakePr
     other = "X-Forwarded-For: 198.51.100.3"
     assert await client.status(poll_request(job, key, other)) == 200
     assert proxy.hits == hits + 1
+
+
+COOKIE = "Cookie: session=1"
+
+
+async def test_the_tags_of_a_browser_are_removed_once(
+    make_proxy: MakeProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    removed: list[bytes] = []
+
+    def split(head: bytes) -> tuple[bytes, Tags | None]:
+        removed.append(head)
+        return split_tags(head)
+
+    proxy = await make_proxy()
+    client = await proxy.client()
+    monkeypatch.setattr("falproxy.server.fast_path.route_cache.split_tags", split)
+    for kind in ("poll", "submit"):
+        for _ in range(2):
+            assert await client.status(request_of(kind, COOKIE)) == 200
+        removed.clear()
+        hits = proxy.hits
+        for _ in range(5):
+            assert await client.status(request_of(kind, COOKIE)) == 200
+        assert removed == []
+        assert proxy.hits == hits + 5
+
+
+@pytest.mark.parametrize("line", ["Cookie: a=/requests/{}/status", "X-Forwarded-For: /requests/{}"])
+async def test_an_id_in_a_tag_is_not_the_id_of_the_job(
+    make_proxy: MakeProxy, fal: FakeFal, line: str
+) -> None:
+    """Neither if it is in front of that of the job, nor if it equals that."""
+    proxy = await make_proxy()
+    client = await proxy.client()
+    job, other = new_id(), new_id()
+
+    def poll(request_id: str, tag: str) -> bytes:
+        lines = poll_request(request_id).split(b"\r\n")
+        return b"\r\n".join([*lines[:2], line.format(tag).encode(), *lines[2:]])
+
+    polls = [(job, job), (job, job), (job, other), (other, job), (other, other), (job, other)]
+    for request_id, tag in polls:
+        assert await client.status(poll(request_id, tag)) == 200
+    polled = [seen.target.split("/")[-2] for seen in fal.seen]
+    assert polled == [request_id for request_id, _ in polls]
+
+
+async def test_a_head_with_its_id_twice_has_its_own_route_with_any_tag(
+    make_proxy: MakeProxy, fal: FakeFal
+) -> None:
+    proxy = await make_proxy()
+    client = await proxy.client()
+    first, second = new_id(), new_id()
+    for request_id in (first, first, second, first, second):
+        poll = poll_request(request_id, f"x-fal-note: {request_id}", COOKIE)
+        assert await client.status(poll) == 200
+    assert proxy.hits == 3
+    for seen in fal.seen:
+        assert seen.header("x-fal-note") == seen.target.split("/")[-2]
+
+
+async def test_the_memory_of_remembered_tags_is_bounded(make_proxy: MakeProxy) -> None:
+    proxy = await make_proxy()
+    client = await proxy.client()
+    keys = proxy.routes._untagged
+    for number in range(40):
+        await client.status(poll_request(new_id(), f"Cookie: {number}{'x' * 3000}"))
+    tags = Tags(None, (), is_of_caller=True)
+    for number in range(2 * KEYS_MAX):
+        keys.add(f"{number:2000}".encode(), b"x", tags)
+        assert keys._size <= KEYS_MAX_BYTES + 10_000
+        assert len(keys._keys) <= KEYS_MAX

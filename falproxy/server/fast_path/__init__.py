@@ -66,26 +66,31 @@ CALLER_TAGS = (
 )  # fmt: skip
 # A line with one of them, which the next line does not continue.
 TAG_LINE = re.compile(
-    rb"\r\n(?:(x-request-id)|(x-forwarded-for)|%s):[ \t]*([\x20-\x7e]{0,4096})(?=\r\n[^ \t])"
-    % b"|".join(REQUEST_TAGS[1:] + CALLER_TAGS[1:]),
+    rb"\r\n(?:(x-request-id)|(%s)|(x-forwarded-for)|%s):[ \t]*([\x20-\x7e]{0,4096})(?=\r\n[^ \t])"
+    % (b"|".join(REQUEST_TAGS[1:]), b"|".join(CALLER_TAGS[1:])),
     re.IGNORECASE,
 )
 TAGGED_HEAD_MAX = 6144  # bytes
 
 
 class Tags(NamedTuple):
-    """Those of one request that the proxy reads.
+    """What the proxy reads of the tags of one request.
 
     request_id: the first X-Request-ID.
     forwarded_for: the values of X-Forwarded-For.
+    is_of_caller: there is none of `REQUEST_TAGS`: later requests are likely to have the same tags.
     """
 
     request_id: str | None
     forwarded_for: tuple[str, ...]
+    is_of_caller: bool
 
 
 # The request id in the head of a poll, and the head before and behind it.
 PollHead = tuple[bytes, tuple[bytes, bytes]]
+# A request head, with the number of its connection if the route is for that alone; or the head of a
+# poll in two parts, without the request id.
+RouteKey = bytes | tuple[int, bytes] | tuple[bytes, bytes]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -166,11 +171,12 @@ def split_tags(head: bytes) -> tuple[bytes, Tags | None]:
         return head, None
     if not (tags := TAG_LINE.findall(head)):
         return head, None
-    client_id = next((value for is_id, _, value in tags if is_id), None)
-    addresses = [value for _, is_address, value in tags if is_address]
+    client_id = next((value for is_id, _, _, value in tags if is_id), None)
+    addresses = [value for _, _, is_address, value in tags if is_address]
     return TAG_LINE.sub(b"", head), Tags(
         None if client_id is None else client_id.rstrip().decode("ascii"),
         tuple(value.rstrip().decode("ascii") for value in addresses),
+        not any(is_id or is_other for is_id, is_other, _, _ in tags),
     )
 
 

@@ -39,8 +39,17 @@ from falproxy.proxy.prices import COST_HEADER, SAVED_HEADER
 from falproxy.proxy.transport import UpstreamRequest
 from falproxy.proxy.transport.pool import Pool
 from falproxy.proxy.upstream import UPSTREAM, Upstream
-from falproxy.server.fast_path import CachedRoute, PollHead, split_poll, split_request, split_tags
+from falproxy.server.fast_path import (
+    CachedRoute,
+    PollHead,
+    RouteKey,
+    Tags,
+    split_poll,
+    split_request,
+    split_tags,
+)
 from falproxy.server.fast_path.in_flight import ClientConnection, InFlightRequest
+from falproxy.server.fast_path.untagged_keys import UntaggedKeys, is_same_poll, length_of
 from falproxy.trusted_proxies import TrustedProxies
 
 logger = logging.getLogger(__name__)
@@ -53,10 +62,6 @@ HEAD_MAX = 3072  # bytes; a token has some 1000, the headers of a browser as man
 # Added headers that differ between calls with the same head.
 CALL_HEADERS = (COST_HEADER, SAVED_HEADER)
 BODY_MAX = 16 * 2**10  # bytes
-
-# A request head, with the number of its connection if the route is for that alone; or the head of a
-# poll in two parts, without the request id.
-RouteKey = bytes | tuple[int, bytes] | tuple[bytes, bytes]
 
 ELIGIBLE_STATUSES = (web.HTTPOk.status_code, web.HTTPAccepted.status_code)
 
@@ -75,6 +80,7 @@ class RouteCache:
         self._max_body = min(max_body, BODY_MAX)
         self._routes: dict[RouteKey, CachedRoute] = {}
         self._size = 0  # bytes of all routes
+        self._untagged = UntaggedKeys()
         self._ids = IdGenerator()
         self.next_connection = count().__next__
         self._logged: set[str] = set()  # middleware that kept requests off the fast path
@@ -105,9 +111,7 @@ class RouteCache:
         key, route = self._find(client, head, poll)
         tags = None
         if route is None and self._takes_any_id:
-            head, tags = split_tags(head)
-            poll = split_poll(head)
-            key, route = self._find(client, head, poll)
+            key, route, poll, tags = self._find_untagged(head, poll)
         if route is None:
             return None
         request_id = polled_id(route, poll)
@@ -142,6 +146,24 @@ class RouteCache:
             return head, route
         key = (client.number, head)
         return key, self._routes.get(key)
+
+    def _find_untagged(
+        self, head: bytes, poll: PollHead | None
+    ) -> tuple[RouteKey, CachedRoute | None, PollHead | None, Tags | None]:
+        """Return key and route of a head without its tags, that head as a poll, and the tags."""
+        tagged_key = head if poll is None else poll[1]
+        if (known := self._untagged.find(tagged_key)) is not None:
+            key, tags = known
+            return key, self._routes.get(key), poll, tags
+        untagged, found = split_tags(head)
+        without = split_poll(untagged)
+        key = untagged if without is None else without[1]
+        route = self._routes.get(key)
+        if route is not None and found is not None and is_same_poll(head, poll, without):
+            self._untagged.add(tagged_key, key, found)
+        if route is None and without is not None:  # possibly the route of this head only
+            key, route = untagged, self._routes.get(untagged)
+        return key, route, without, found
 
     def _is_eligible(
         self, key: RouteKey, body: bytes, route: CachedRoute, request_id: str | None
@@ -254,9 +276,7 @@ class RouteCache:
 
 def size_of(key: RouteKey) -> int:
     """Return the bytes that the route of a request head takes."""
-    parts = (key,) if isinstance(key, bytes) else key
-    length = sum(len(part) for part in parts if isinstance(part, bytes))
-    return ENTRY_BYTES + 4 * length
+    return ENTRY_BYTES + 4 * length_of(key)
 
 
 def route_keys(
