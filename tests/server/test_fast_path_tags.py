@@ -2,6 +2,7 @@
 of clients only."""
 
 import logging
+import time
 from collections.abc import Callable
 from ipaddress import ip_network
 
@@ -336,3 +337,64 @@ async def test_the_memory_of_remembered_tags_is_bounded(make_proxy: MakeProxy) -
         keys.add(f"{number:2000}".encode(), b"x", tags)
         assert keys._size <= KEYS_MAX_BYTES + 10_000
         assert len(keys._keys) <= KEYS_MAX
+
+
+@KINDS
+@pytest.mark.parametrize(
+    ("lines", "address"),
+    [
+        pytest.param(["X-Forwarded-For: 198.51.100.1\t"], "198.51.100.1", id="tab behind it"),
+        pytest.param(
+            ["X-Forwarded-For: 198.51.100.9,\t198.51.100.1"], "198.51.100.1", id="tab within it"
+        ),
+        pytest.param(
+            ["X-Forwarded-For: \xe9, 198.51.100.1"], "198.51.100.1", id="other bytes in front"
+        ),
+        pytest.param(
+            ["X-Forwarded-For: 198.51.100.1\t", "X-Forwarded-For: 127.0.0.1"],
+            "198.51.100.1",
+            id="one of two lines",
+        ),
+    ],
+)
+async def test_the_log_has_an_address_that_is_no_tag(
+    make_proxy: MakeProxy,
+    caplog: pytest.LogCaptureFixture,
+    kind: str,
+    lines: list[str],
+    address: str,
+) -> None:
+    proxy = await make_proxy(trusted_proxies=(ip_network("127.0.0.1"),))
+    client = await proxy.client()
+    request = request_of(kind, *lines)
+    with caplog.at_level(logging.INFO, "falproxy.calls"):
+        for _ in range(3):
+            assert await client.status(request) == 200
+    fields = [vars(each)["fields"] for each in caplog.records if each.name == "falproxy.calls"]
+    assert [line["client"] for line in fields] == [address] * 3
+
+
+@KINDS
+async def test_the_log_has_an_id_that_is_no_tag(
+    make_proxy: MakeProxy, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    proxy = await make_proxy()
+    client = await proxy.client()
+    request = request_of(kind, "X-Request-ID: first\t")
+    with caplog.at_level(logging.INFO, "falproxy.calls"):
+        for _ in range(3):
+            assert await client.status(request) == 200
+    fields = [vars(each)["fields"] for each in caplog.records if each.name == "falproxy.calls"]
+    assert [line["request_id"] for line in fields] == ["first"] * 3
+
+
+@pytest.mark.parametrize("tag", ["", "CF-Ray: 1\r\n"])
+@pytest.mark.parametrize("space", [" ", "\t"])
+def test_a_head_of_spaces_takes_no_time(tag: str, space: str) -> None:
+    """Anyone may send it: no credential is checked before."""
+    line = f"{tag}Cookie:{space * 5_800}\xff".encode("latin-1")
+    head = HEAD.replace(b"Accept: x", line)
+    started = time.process_time()
+    for _ in range(10):
+        split_tags(head)
+    assert time.process_time() - started < 0.1

@@ -64,9 +64,11 @@ CALLER_TAGS = (
     b"x-forwarded-for", b"cookie", b"x-real-ip", b"forwarded", b"cf-connecting-ip",
     b"true-client-ip", b"fly-client-ip",
 )  # fmt: skip
-# A line with one of them, which the next line does not continue.
+# A line with one of them, which the next line does not continue. Without backtracking (`*+`): that
+# takes quadratic time for a line of spaces.
 TAG_LINE = re.compile(
-    rb"\r\n(?:(x-request-id)|(%s)|(x-forwarded-for)|%s):[ \t]*([\x20-\x7e]{0,4096})(?=\r\n[^ \t])"
+    rb"\r\n(?:(x-request-id)|(%s)|(x-forwarded-for)|%s):"
+    rb"[ \t]*+([\x20-\x7e]{0,4096}+)(?=\r\n[^ \t])"
     % (b"|".join(REQUEST_TAGS[1:]), b"|".join(CALLER_TAGS[1:])),
     re.IGNORECASE,
 )
