@@ -278,7 +278,7 @@ def call_pipeline(
         first.append(limit_rates(limits))
         settlement.append(limit_tokens(limits))
         inner.append(reserve_costs(limits))
-        settlement.append(settle_jobs(limits))
+        settlement.append(settle_jobs(limits.limiter))
     if resources.keyed_calls is not None:
         first.append(keep_idempotent(resources.keyed_calls, *accounting))
         inner.append(record_sending())

@@ -209,17 +209,18 @@ def reserve_costs(policy: LimitPolicy) -> Middleware:
     return reserve_costs_middleware
 
 
-def settle_jobs(policy: LimitPolicy) -> Middleware:
+def settle_jobs(limiter: Limiter) -> Middleware:
     """Middleware: end the reservation of a job whose result is read, and have a cancelled job
     checked."""
-    limiter = policy.limiter
 
-    @any_request_id  # for callers without limits, whose jobs have no reservations
+    # A job may have a reservation though this caller has no limits: a key may have lost its own,
+    # and the request may not name the user of the job.
+    @any_request_id  # as long as nothing is limited
     @web.middleware
     async def settle_jobs_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         call = request[CALL]
         operation, request_id = call.target.operation, call.target.request_id or ""
-        if limits_of(request, policy.settings):
+        if limiter.is_used:
             request[NEEDS_EVERY_REQUEST] = "settle_jobs"
         response = await handler(request)
         if operation is Operation.RESULT and call.method == hdrs.METH_GET and is_final(response):

@@ -185,6 +185,7 @@ class Limiter:
 
         Raises: ProxyError 503, the store is away.
         """
+        self._is_used = True  # even if a key loses its limits before the next sweep
         token = self._ids.next_id()
         request = ReserveRequest(token, limits, amount, LEASE)
         try:

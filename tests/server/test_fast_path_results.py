@@ -9,9 +9,14 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from falproxy.limit_settings import NO_CALLER_LIMITS, CallerLimits
 from falproxy.metrics import METRICS
+from falproxy.stores.keys import Expiry, KeyChange, NewKey
+from falproxy.stores.keys.known_keys import KNOWN_KEYS
+from falproxy.stores.keys.sql_keys import choose_key_store
 from falproxy.stores.ledger.writer import LEDGER_WRITER
 from tests.support.fake_fal import FakeFal, respond_as_queue
+from tests.support.limits import open_reservations
 from tests.support.polled_proxy import MakeProxy, PolledProxy, new_id
 from tests.support.polling_client import poll_request, submit_request
 from tests.support.sandbox_proxy import select_rows
@@ -202,3 +207,34 @@ async def test_other_methods_and_urls_take_the_normal_path(
     assert await client.status(result_request(new_id())) == 200
     assert proxy.hits == 1
     assert PROXY.encode() in result_request("x")
+
+
+async def test_a_job_with_limits_of_a_user_is_settled_by_a_request_without_the_user(
+    make_proxy: MakeProxy, fal: FakeFal
+) -> None:
+    proxy = await make_proxy(user_concurrency=5, access_keys=KEYS)
+    fal.respond = respond_with()
+    client = await proxy.client()
+    ids = [await proxy.submit(ANN, "x-falproxy-user: una") for _ in range(3)]
+    for request_id in ids:
+        assert await client.status(result_request(request_id, ANN)) == 200
+    assert await open_reservations(proxy.server.app) == 0
+
+
+async def test_a_job_with_limits_is_settled_after_its_key_has_lost_them(
+    make_proxy: MakeProxy, fal: FakeFal, tmp_path: Path
+) -> None:
+    async with choose_key_store(None, tmp_path) as store:
+        proxy = await make_proxy(keys="on")
+        fal.respond = respond_with()
+        limits = CallerLimits(concurrency=5)
+        made, secret = await store.create(NewKey(name="web", creator="cli", limits=limits))
+        key = f"x-falproxy-key: {secret}"
+        ids = [await proxy.submit(key) for _ in range(3)]
+        change = KeyChange(expiry=Expiry(), limits=NO_CALLER_LIMITS, endpoints=())
+        await store.change(made.id, change)
+        await proxy.server.app[KNOWN_KEYS].refresh()
+        client = await proxy.client()
+        for request_id in ids:
+            assert await client.status(result_request(request_id, key)) == 200
+        assert await open_reservations(proxy.server.app) == 0
