@@ -71,6 +71,7 @@ async def test_results_of_other_jobs_take_the_fast_path(
     fal.respond = respond_with(units="2")
     client = await proxy.client()
     ids = [await proxy.submit() for _ in range(4)]
+    await proxy.until_fal_is_idle()
     hits = proxy.hits
     for request_id in ids:
         status, body = await client.request(result_request(request_id))
@@ -180,6 +181,7 @@ async def test_a_result_is_for_the_owner_of_its_job_only(
     fal.respond = respond_with()
     client = await proxy.client()
     of_ann = [await proxy.submit(ANN) for _ in range(3)]
+    await proxy.until_fal_is_idle()
     hits = proxy.hits
     assert [await client.status(result_request(each, ANN)) for each in of_ann] == [200, 200, 200]
     assert proxy.hits == hits + 2
@@ -204,8 +206,9 @@ async def test_other_methods_and_urls_take_the_normal_path(
     ):
         await client.request(other)
     assert proxy.hits == 0
-    assert await client.status(result_request(new_id())) == 200
-    assert proxy.hits == 1
+    async with asyncio.timeout(10):
+        while not proxy.hits:  # the request for the price may have the idle connection
+            assert await client.status(result_request(new_id())) == 200
     assert PROXY.encode() in result_request("x")
 
 

@@ -1,5 +1,6 @@
 """Proxies with the fast path, whose clients poll jobs on connections that stay open."""
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -83,6 +84,14 @@ class PolledProxy:
         status, body = await (await self.client()).request(submit_request(*lines))
         assert status == 200
         return str(json.loads(body)["request_id"])
+
+    async def until_fal_is_idle(self) -> None:
+        """Wait until no request to fal is under way, such as that for a price after a submit."""
+        pool = self.routes._pool
+        assert pool is not None
+        async with asyncio.timeout(10):
+            while len(pool._open_connections) != sum(map(len, pool._idle.values())):
+                await asyncio.sleep(0.001)
 
     async def poll_of(self, *lines: str) -> bytes:
         """Return the poll of a new job of the caller."""
