@@ -3,6 +3,7 @@ of clients only."""
 
 import logging
 import time
+import tracemalloc
 from collections.abc import Callable
 from ipaddress import ip_network
 
@@ -14,8 +15,8 @@ from falproxy import Identity, create_app
 from falproxy.app.pipeline import authorization
 from falproxy.middleware.guess_limit import BURST
 from falproxy.proxy.head_only import any_request_id, head_only
-from falproxy.server.fast_path import CALLER_TAGS, REQUEST_TAGS, Tags, split_tags
-from falproxy.server.fast_path.untagged_keys import KEYS_MAX, KEYS_MAX_BYTES
+from falproxy.server.fast_path import CALLER_TAGS, REQUEST_TAGS, Tags, split_poll, split_tags
+from falproxy.server.fast_path.untagged_keys import KEYS_MAX, KEYS_MAX_BYTES, UntaggedKeys
 from tests.support.fake_fal import FakeFal
 from tests.support.gateway import FastPathTestServer
 from tests.support.key_search import CANARY
@@ -339,6 +340,25 @@ async def test_the_memory_of_remembered_tags_is_bounded(make_proxy: MakeProxy) -
         assert len(keys._keys) <= KEYS_MAX
 
 
+def test_the_memory_of_many_short_addresses_is_counted() -> None:
+    keys = UntaggedKeys()
+    tracemalloc.start()
+    try:
+        for number in range(3_000):
+            lines = f"Cookie: {number}\r\n" + "x-forwarded-for:12\r\n" * 250
+            tagged = HEAD.replace(b"Accept: x\r\n", lines.encode())
+            untagged, tags = split_tags(tagged)
+            tagged_poll, poll = split_poll(tagged), split_poll(untagged)
+            assert tags is not None
+            assert tagged_poll is not None
+            assert poll is not None
+            keys.add(tagged_poll[1], poll[1], tags)
+            if number % 100 == 0:
+                assert tracemalloc.get_traced_memory()[0] < 1.1 * KEYS_MAX_BYTES
+    finally:
+        tracemalloc.stop()
+
+
 @KINDS
 @pytest.mark.parametrize(
     ("lines", "address"),
@@ -380,12 +400,14 @@ async def test_the_log_has_an_id_that_is_no_tag(
 ) -> None:
     proxy = await make_proxy()
     client = await proxy.client()
-    request = request_of(kind, "X-Request-ID: first\t")
+    requests = [["X-Request-ID: not valid", "X-Request-ID: first\t"], ["X-Request-ID: first\t"]]
     with caplog.at_level(logging.INFO, "falproxy.calls"):
-        for _ in range(3):
-            assert await client.status(request) == 200
+        for lines in requests * 2:
+            assert await client.status(request_of(kind, *lines)) == 200
     fields = [vars(each)["fields"] for each in caplog.records if each.name == "falproxy.calls"]
-    assert [line["request_id"] for line in fields] == ["first"] * 3
+    ids = [line["request_id"] for line in fields]
+    assert [ids[1], ids[3]] == ["first"] * 2
+    assert "first" not in (ids[0], ids[2])
 
 
 @pytest.mark.parametrize("tag", ["", "CF-Ray: 1\r\n"])

@@ -72,6 +72,8 @@ TAG_LINE = re.compile(
     % (b"|".join(REQUEST_TAGS[1:]), b"|".join(CALLER_TAGS[1:])),
     re.IGNORECASE,
 )
+# A tag that the proxy reads. It stays in a head if it has other characters, such as a tab.
+READ_TAG = re.compile(rb"\r\n(?:x-request-id|x-forwarded-for):", re.IGNORECASE)
 TAGGED_HEAD_MAX = 6144  # bytes
 
 

@@ -40,6 +40,7 @@ from falproxy.proxy.transport import UpstreamRequest
 from falproxy.proxy.transport.pool import Pool
 from falproxy.proxy.upstream import UPSTREAM, Upstream
 from falproxy.server.fast_path import (
+    READ_TAG,
     CachedRoute,
     PollHead,
     RouteKey,
@@ -190,14 +191,14 @@ class RouteCache:
         eligible. If the proxy has refused it, or has to see every such request, the route that its
         head had before ends."""
         head, _ = split_request(data)
-        untagged, tags = split_tags(head) if self._takes_any_id else (head, None)
+        untagged = split_tags(head)[0] if self._takes_any_id else head
         if NEEDS_EVERY_REQUEST in request or not isinstance(response, RelayedResponse):
             for each in {head, untagged}:
                 self._remove_if_admitted(client, each)
             self._log_once(request.get(NEEDS_EVERY_REQUEST))
             return
         if ignores_tags := self._takes_any_id and NEEDS_EVERY_ID not in request:
-            if not has_all_tags(tags, request):
+            if READ_TAG.search(untagged) is not None:
                 return
             head = untagged
         poll = split_poll(head)
@@ -279,14 +280,6 @@ class RouteCache:
 def size_of(key: RouteKey) -> int:
     """Return the bytes that the route of a request head takes."""
     return ENTRY_BYTES + 4 * length_of(key)
-
-
-def has_all_tags(tags: Tags | None, request: web.Request) -> bool:
-    """Return whether the fast path reads the tags of a head as the normal path does: none of them
-    has characters that stay in the head, such as a tab."""
-    request_id, forwarded_for = (None, ()) if tags is None else tags[:2]
-    is_same_id = valid_request_id(request_id or "") == client_request_id(request)
-    return is_same_id and forwarded_for == tuple(request.headers.getall(FORWARDED_FOR, ()))
 
 
 def route_keys(

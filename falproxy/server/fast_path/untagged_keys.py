@@ -8,6 +8,7 @@ from falproxy.server.fast_path import PollHead, RouteKey, Tags
 KEYS_MAX = 4096
 KEYS_MAX_BYTES = 8 * 2**20
 ENTRY_BYTES = 512  # of an entry, beside its head
+ADDRESS_BYTES = 64  # of a value of X-Forwarded-For, beside its characters
 
 
 class UntaggedKeys:
@@ -32,7 +33,8 @@ class UntaggedKeys:
             self._keys.clear()
             self._size = 0
         self._keys[tagged] = untagged, tags
-        self._size += ENTRY_BYTES + length_of(tagged) + length_of(untagged)
+        addresses = sum(ADDRESS_BYTES + len(value) for value in tags.forwarded_for)
+        self._size += ENTRY_BYTES + length_of(tagged) + length_of(untagged) + addresses
 
 
 def length_of(key: RouteKey) -> int:
