@@ -191,7 +191,7 @@ class LimitedProcess:
         self.app[UPSTREAM] = fal  # type: ignore[misc]
         self.limiter = Limiter(self.store, job_check(self.app, KEYS))
         policy = LimitPolicy(self.limiter, price_book(), SETTINGS, Metrics())
-        self._reserve, self._settle = reserve_costs(policy), settle_jobs(policy)
+        self._reserve, self._settle = reserve_costs(policy), settle_jobs(self.limiter)
         self.calls: set[asyncio.Task[Any]] = set()
 
     @property
