@@ -18,7 +18,7 @@ from falproxy.stores.ledger.writer import LEDGER_WRITER
 from tests.support.fake_fal import FakeFal, respond_as_queue
 from tests.support.limits import open_reservations
 from tests.support.polled_proxy import MakeProxy, PolledProxy, new_id
-from tests.support.polling_client import poll_request, submit_request
+from tests.support.polling_client import PollingClient, poll_request, submit_request
 from tests.support.sandbox_proxy import select_rows
 from tests.support.urls import PROXY
 
@@ -241,3 +241,39 @@ async def test_a_job_with_limits_is_settled_after_its_key_has_lost_them(
         for request_id in ids:
             assert await client.status(result_request(request_id, key)) == 200
         assert await open_reservations(proxy.server.app) == 0
+
+
+async def test_an_outcome_is_recorded_though_the_client_leaves_during_the_body(
+    make_proxy: MakeProxy, fal: FakeFal, tmp_path: Path
+) -> None:
+    proxy = await make_proxy()
+    fal.respond = respond_with(units="2")
+    client = await proxy.client()
+    first, second = [await proxy.submit() for _ in range(2)]
+    await proxy.until_fal_is_idle()
+    assert await client.status(result_request(first)) == 200
+    is_sent = asyncio.Event()
+
+    async def respond_slowly(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"x-fal-billable-units": "2"})
+        response.content_length = 100
+        await response.prepare(request)
+        await response.write(b"x")
+        is_sent.set()
+        await asyncio.sleep(10)
+        return response
+
+    fal.respond = respond_slowly
+    hits = proxy.hits
+    leaving = PollingClient(proxy.server.port or 0)
+    async with leaving:
+        leaving.write(result_request(second))
+        await is_sent.wait()
+        await asyncio.sleep(0.1)
+    assert proxy.hits == hits + 1
+    async with asyncio.timeout(10):
+        while second not in await outcomes(proxy, tmp_path):
+            await asyncio.sleep(0.01)
+    written = (await outcomes(proxy, tmp_path))[second]
+    assert (written["status"], written["units"]) == (200, "2")
+    assert proxy.server.app[METRICS].in_progress == 0

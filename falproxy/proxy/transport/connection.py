@@ -170,6 +170,11 @@ class Connection(TimeoutProtocol):
             self._poll = poll_readable(transport)
         return not check_socket or self._poll is None or not self._poll.poll(0)
 
+    @property
+    def pending_response(self) -> PooledResponse | None:
+        """The response whose head has arrived, and whose body is waited for."""
+        return None if self._pending is None else self._pending[1]
+
     def close(self) -> None:
         """Abort the connection and the running exchange."""
         self._is_clean, self._is_closed = False, True

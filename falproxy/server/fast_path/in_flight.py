@@ -20,7 +20,7 @@ from falproxy.middleware.accounting import OPEN_RECORD
 from falproxy.middleware.observe_jobs import COMPLETED_STATUS
 from falproxy.proxy.headers import replace_header, serialize_head
 from falproxy.proxy.local_responses import FAL_REQUEST_ID
-from falproxy.proxy.transport import ConnectionLostError
+from falproxy.proxy.transport import ConnectionLostError, TransportResponse
 from falproxy.proxy.transport.connection import Connection
 from falproxy.proxy.transport.http1 import append_body
 from falproxy.proxy.transport.response import PooledResponse
@@ -219,19 +219,21 @@ class InFlightRequest:
     # The client disconnects
 
     def on_disconnect(self) -> None:
-        """Record a client that left before fal responded, and abort the request to fal."""
+        """Record a client that left before fal's response was complete, and abort the request to
+        fal. The outcome of a job is known as soon as the head of its result has arrived."""
         connection, self._connection = self._connection, None
         if connection is None:
             return
-        connection.close()
         seconds = time.perf_counter() - self._started
+        self._record_outcome(connection.pending_response)
+        connection.close()
         if self._open_record is not None:
             self._open_record.client_left(seconds)
         self._record_disconnect(seconds)
 
     def abandon(self) -> None:
         """Record a client that left after fal responded, before the normal path took over. The
-        usage record of a submit is still written."""
+        usage record of a submit and the outcome of a job are still written."""
         prefetched = self._prefetched
         if prefetched is None or prefetched.is_consumed:
             return
@@ -246,9 +248,18 @@ class InFlightRequest:
                 self._open_record.complete(
                     response.status, response.headers, prefetched.upstream_seconds
                 )
+            self._record_outcome(response)
             response.close()
         self._metrics.in_progress += 1  # `_detach` has counted it down, and so does the next line
         self._record_disconnect(prefetched.upstream_seconds)
+
+    def _record_outcome(self, response: TransportResponse | None) -> None:
+        """Record the outcome of a job by the head of its result, which the client does not get."""
+        results, request_id = self._route.results, self._ids.fal
+        if response is None or results is None or request_id is None:
+            return
+        if response.status in self._route.labels_by_status:
+            results.record_success(request_id, response.status, response.headers)
 
     def _record_disconnect(self, upstream_seconds: float) -> None:
         total = time.perf_counter() - self._started
