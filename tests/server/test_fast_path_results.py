@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -244,8 +245,9 @@ async def test_a_job_with_limits_is_settled_after_its_key_has_lost_them(
 
 
 async def test_an_outcome_is_recorded_though_the_client_leaves_during_the_body(
-    make_proxy: MakeProxy, fal: FakeFal, tmp_path: Path
+    make_proxy: MakeProxy, fal: FakeFal, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "falproxy.calls")
     proxy = await make_proxy()
     fal.respond = respond_with(units="2")
     client = await proxy.client()
@@ -265,8 +267,7 @@ async def test_an_outcome_is_recorded_though_the_client_leaves_during_the_body(
 
     fal.respond = respond_slowly
     hits = proxy.hits
-    leaving = PollingClient(proxy.server.port or 0)
-    async with leaving:
+    async with PollingClient(proxy.server.port or 0) as leaving:
         leaving.write(result_request(second))
         await is_sent.wait()
         await asyncio.sleep(0.1)
@@ -277,3 +278,5 @@ async def test_an_outcome_is_recorded_though_the_client_leaves_during_the_body(
     written = (await outcomes(proxy, tmp_path))[second]
     assert (written["status"], written["units"]) == (200, "2")
     assert proxy.server.app[METRICS].in_progress == 0
+    logged = [vars(each)["fields"] for each in caplog.records if each.name == "falproxy.calls"][-1]
+    assert (logged["status"], logged["complete"]) == (200, False), "as on the normal path"

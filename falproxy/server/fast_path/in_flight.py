@@ -225,11 +225,13 @@ class InFlightRequest:
         if connection is None:
             return
         seconds = time.perf_counter() - self._started
-        self._record_outcome(connection.pending_response)
+        response = connection.pending_response
+        self._record_outcome(response)
         connection.close()
         if self._open_record is not None:
             self._open_record.client_left(seconds)
-        self._record_disconnect(seconds)
+            response = None
+        self._record_disconnect(seconds, None if response is None else response.status)
 
     def abandon(self) -> None:
         """Record a client that left after fal responded, before the normal path took over. The
@@ -261,10 +263,10 @@ class InFlightRequest:
         if response.status in self._route.labels_by_status:
             results.record_success(request_id, response.status, response.headers)
 
-    def _record_disconnect(self, upstream_seconds: float) -> None:
+    def _record_disconnect(self, upstream_seconds: float, status: int | None = None) -> None:
+        """Log a response that did not reach the client. status: of fal's response, if it began."""
         total = time.perf_counter() - self._started
-        labels = next(iter(self._route.labels_by_status.values()))._replace(
-            status=CLIENT_CLOSED_REQUEST, complete=False
-        )
+        any_labels = next(iter(self._route.labels_by_status.values()))
+        labels = any_labels._replace(status=status or CLIENT_CLOSED_REQUEST, complete=False)
         timings = Timings(total, total, upstream_seconds)
         record_call(self._metrics, labels, self._ids, timings)
