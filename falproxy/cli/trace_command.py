@@ -73,6 +73,9 @@ def outcome_json(outcome: RecordedOutcome | None) -> Json | None:
         "error": outcome.error,
         "units": None if outcome.units is None else float(outcome.units),
         "spent": None if outcome.settled is None else outcome.settled / MICROS_PER_USD,
+        "ended_at": None if outcome.ended_at is None else format_time(outcome.ended_at),
+        "run_seconds": outcome.run_seconds,
+        "stored_seconds": outcome.stored_seconds,
     }
 
 
@@ -118,7 +121,8 @@ def call_lines(call: RecordedCall) -> Iterator[str]:
         "caller": record.principal,
         "user": record.user_id,
         "duration": f"{own} in falproxy, {format_duration(record.upstream_seconds)} at fal",
-        "error": record.error,
+        "files": record.stored_seconds and f"stored in {format_duration(record.stored_seconds)}",
+        "error": record.error or record.error_type,
         "cache": record.cache,
         "cost": cost_text(record),
     }
@@ -148,6 +152,10 @@ def outcome_line(outcome: RecordedOutcome) -> str:
         outcome.error,
         None if outcome.units is None else f"{outcome.units.normalize():f} units",
         None if outcome.settled is None else usd(outcome.settled),
+        None if outcome.run_seconds is None else f"ran {format_duration(outcome.run_seconds)}",
+        None
+        if outcome.stored_seconds is None
+        else f"files stored in {format_duration(outcome.stored_seconds)}",
     )
 
 

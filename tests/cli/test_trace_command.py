@@ -81,7 +81,15 @@ async def test_a_job_is_found_by_either_id(
 ) -> None:
     other = {"request_id": "other", "proxy_request_id": "another"}
     await ledger.write([record(), record(**other), Outcome(request_id="other", status=500)])
-    outcome = Outcome(request_id=FAL_ID, status=200, units=Decimal("1.50"), settled=37_500)
+    outcome = Outcome(
+        request_id=FAL_ID,
+        status=200,
+        units=Decimal("1.50"),
+        settled=37_500,
+        ended_at=1.79e9,
+        run_seconds=2.5,
+        stored_seconds=0.25,
+    )
     await ledger.write([outcome])
     document = await run_json(request_id, tmp_path, variables)
     (call,) = document["calls"]
@@ -92,6 +100,8 @@ async def test_a_job_is_found_by_either_id(
     result = call["result"]
     assert (result["status"], result["units"], result["spent"]) == (200, 1.5, 0.0375)
     assert result["error"] is None
+    assert (result["run_seconds"], result["stored_seconds"]) == (2.5, 0.25)
+    assert result["ended_at"] == "2026-09-21T14:13:20.000Z"
     assert document["jobs"] == []
     code, out, _ = await run_trace(request_id, folder=tmp_path, **variables)
     assert code == 0
@@ -107,7 +117,21 @@ async def test_a_job_is_found_by_either_id(
         "    cache: miss",
         "    cost: $0.025 expected",
     ]
-    assert lines[-1].endswith("Z  result  status 200  1.5 units  $0.0375")
+    end = "Z  result  status 200  1.5 units  $0.0375  ran 2.50 s  files stored in 250.0 ms"
+    assert lines[-1].endswith(end)
+
+
+async def test_the_type_of_fal_s_error_and_the_time_to_store_files_are_shown(
+    ledger: Ledger, variables: dict[str, str], tmp_path: Path
+) -> None:
+    failed = {"status": 422, "error_type": "content_policy_violation"}
+    await ledger.write([record(**failed, stored_seconds=0.125)])
+    await ledger.write([Outcome(request_id=FAL_ID, status=422, error_type="bad_image")])
+    code, out, _ = await run_trace(FAL_ID, folder=tmp_path, **variables)
+    assert code == 0
+    assert "    error: content_policy_violation" in out.splitlines()
+    assert "    files: stored in 125.0 ms" in out.splitlines()
+    assert "result  status 422  bad_image" in out
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,10 @@ from falproxy.stores.ledger.rows import Row, clean_text, job_from_row, record_fr
 from falproxy.stores.ledger.statements import JOB_SELECT_LIST, RECORD_COLUMNS
 
 CALLS_MAX = 100  # calls of one id, which clients may use for several
-OUTCOME = ("at", "status", "error", "units", "settled")
+OUTCOME = (
+    "at", "status", "error", "error_type", "units", "settled", "ended_at", "run_ms",
+    "stored_seconds",
+)  # fmt: skip
 RECORDS = f"""
     SELECT {", ".join(f"e.{name}" for name in RECORD_COLUMNS)},
         {", ".join(f"o.{name}" for name in OUTCOME)}
@@ -29,13 +32,23 @@ JOBS = f"""
 
 @dataclass(frozen=True, slots=True)
 class RecordedOutcome:
-    """The end of a queued job. at: when its result was first fetched."""
+    """The end of a queued job.
+
+    at: when its result was first fetched.
+    error: the proxy's error code, or else the type of fal's error.
+    ended_at: when a poll first showed the end; None for jobs of older versions.
+    run_seconds: time that the job ran at fal, without the time in the queue.
+    stored_seconds: time to store the files of the result.
+    """
 
     at: float
     status: int
     error: str | None
     units: Decimal | None
     settled: int | None
+    ended_at: float | None
+    run_seconds: float | None
+    stored_seconds: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,5 +127,14 @@ def call_from_row(row: Row) -> RecordedCall:
 
 
 def outcome_from_row(row: Row) -> RecordedOutcome:
-    at, status, error, units, settled = row
-    return RecordedOutcome(at / 1000, status, error, units and Decimal(units), settled)
+    at, status, error, error_type, units, settled, ended_at, run_ms, stored_seconds = row
+    return RecordedOutcome(
+        at / 1000,
+        status,
+        error or error_type,
+        units and Decimal(units),
+        settled,
+        None if ended_at is None else ended_at / 1000,
+        None if run_ms is None else run_ms / 1000,
+        stored_seconds,
+    )
