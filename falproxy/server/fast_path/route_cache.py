@@ -64,6 +64,9 @@ HEAD_MAX = 3072  # bytes; a token has some 1000, the headers of a browser as man
 CALL_HEADERS = (COST_HEADER, SAVED_HEADER)
 BODY_MAX = 16 * 2**10  # bytes
 
+# A route with its key, the head as a poll, and the tags that were left out of it.
+FoundRoute = tuple[RouteKey, CachedRoute, PollHead | None, Tags | None]
+
 ELIGIBLE_STATUSES = (web.HTTPOk.status_code, web.HTTPAccepted.status_code)
 
 
@@ -108,13 +111,10 @@ class RouteCache:
         """Send a request to fal on the fast path. None if it needs the normal path: it has no
         cached route, is not eligible now, or there is no idle connection."""
         head, body = split_request(data)
-        poll = split_poll(head)
-        key, route = self._find(client, head, poll)
-        tags = None
-        if route is None and self._takes_any_id:
-            key, route, poll, tags = self._find_untagged(head, poll)
-        if route is None:
+        found = self._find(client, head, split_poll(head))
+        if found is None:
             return None
+        key, route, poll, tags = found
         request_id = polled_id(route, poll)
         if self._pool is None or not self._is_eligible(key, body, route, request_id):
             return None
@@ -140,31 +140,32 @@ class RouteCache:
 
     def _find(
         self, client: ClientConnection, head: bytes, poll: PollHead | None
-    ) -> tuple[RouteKey, CachedRoute | None]:
-        if poll is not None and (route := self._routes.get(poll[1])) is not None:
-            return poll[1], route
-        if (route := self._routes.get(head)) is not None:
-            return head, route
-        key = (client.number, head)
-        return key, self._routes.get(key)
+    ) -> FoundRoute | None:
+        key = head if poll is None else poll[1]
+        if (route := self._routes.get(key)) is not None:
+            return key, route, poll, None
+        if (known := self._untagged.find(key)) is not None:
+            untagged_key, tags = known
+            if (route := self._routes.get(untagged_key)) is not None:
+                return untagged_key, route, poll, tags
+        for own_key in (head, (client.number, head)):
+            if (route := self._routes.get(own_key)) is not None:
+                return own_key, route, poll, None
+        return self._find_untagged(key, head, poll) if self._takes_any_id else None
 
     def _find_untagged(
-        self, head: bytes, poll: PollHead | None
-    ) -> tuple[RouteKey, CachedRoute | None, PollHead | None, Tags | None]:
-        """Return key and route of a head without its tags, that head as a poll, and the tags."""
-        tagged_key = head if poll is None else poll[1]
-        if (known := self._untagged.find(tagged_key)) is not None:
-            key, tags = known
-            return key, self._routes.get(key), poll, tags
-        untagged, found = split_tags(head)
+        self, tagged_key: RouteKey, head: bytes, poll: PollHead | None
+    ) -> FoundRoute | None:
+        """Return the route of a head without its tags, and remember its key."""
+        untagged, tags = split_tags(head)
         without = split_poll(untagged)
         key = untagged if without is None else without[1]
-        route = self._routes.get(key)
-        if route is not None and found is not None and is_same_poll(head, poll, without):
-            self._untagged.add(tagged_key, key, found)
-        if route is None and without is not None:  # possibly the route of this head only
-            key, route = untagged, self._routes.get(untagged)
-        return key, route, without, found
+        if (route := self._routes.get(key)) is not None:
+            if tags is not None and is_same_poll(head, poll, without):
+                self._untagged.add(tagged_key, key, tags)
+            return key, route, without, tags
+        own_route = self._routes.get(untagged)
+        return None if own_route is None else (untagged, own_route, without, tags)
 
     def _is_eligible(
         self, key: RouteKey, body: bytes, route: CachedRoute, request_id: str | None
