@@ -11,11 +11,13 @@ run: .venv/run
 	$(BIN)/falproxy serve --sandbox auto
 
 # Compiled test modules are kept, wherever the environment says otherwise: each process of the tests reads
-# all of them.
+# all of them. They are compiled before the first tests of a new clone, once; without that step the tests
+# are the same.
 test test-fast check: export PYTHONDONTWRITEBYTECODE :=
 
 # Tests that measure time run last, in fewer processes, so that the others do not slow them down.
 test: .venv/dev .venv/fal_client/1.0.0 browser postgres reverse-proxies
+	-$(BIN)/python -m tests.support.rewritten_modules
 	$(BIN)/python -m pytest -m "not timed" --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m pytest -m timed --numprocesses 2 --dist loadfile --no-loadscope-reorder \
 		$$(grep -rlE "mark\.timed" tests --include=test_*.py)
@@ -25,6 +27,7 @@ FAST := contracts fal media stores test_*.py server/test_memory.py \
 	proxy/test_headers.py proxy/test_direct_write.py dialects/kontext/test_requests.py \
 	dialects/openai/test_errors.py dialects/openai/test_model_inputs.py
 test-fast: .venv/dev
+	-$(BIN)/python -m tests.support.rewritten_modules
 	cd tests && ../$(BIN)/python -m pytest -m "not slow" --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(FAST)
 
 check: .venv/dev

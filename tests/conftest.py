@@ -65,9 +65,12 @@ def has_memory() -> bool:
 
 
 def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, LoopFactory]:
-    """Run tests with the marker `both_event_loops` on asyncio's event loop and on uvloop."""
+    """Run tests on uvloop, as the proxy does, and those with the marker `both_event_loops` on
+    asyncio's event loop as well."""
     factories: dict[str, LoopFactory] = {"asyncio": asyncio.new_event_loop}
-    if item.get_closest_marker("both_event_loops") is not None and uvloop is not None:
+    if uvloop is not None:
+        if item.get_closest_marker("both_event_loops") is None:
+            factories.clear()
         factories["uvloop"] = uvloop.new_event_loop
     return factories
 

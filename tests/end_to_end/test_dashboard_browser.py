@@ -1,10 +1,8 @@
 """The dashboard in Chromium: its numbers equal those of `falproxy usage` and /metrics."""
 
-import asyncio
 import base64
 import io
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,8 @@ from falproxy import __version__
 from falproxy.stores.ledger import ProcessStart
 from falproxy.stores.ledger.sqlite import sqlite_ledger
 from falproxy.windows import WINDOWS
-from tests.support.js_world import JS, PLAY_TIMEOUT, need
-from tests.support.paths import CHROMIUM
+from tests.support.chromium import Chromium
+from tests.support.js_world import JS, need
 from tests.support.running_proxy import RunningProxy, open_running_proxy
 from tests.support.usage import count_calls, run_usage, wait_until_equal
 
@@ -51,28 +49,14 @@ async def call_all(place: RunningProxy, **headers: str) -> None:
     await wait_until_equal(lambda: count_calls(place.session, place.origin, **headers), len(CALLS))
 
 
-async def visit(origin: str, key: str | None = None, *, manages_keys: bool = False) -> Any:
+async def visit(
+    chromium: Chromium, origin: str, key: str | None = None, *, manages_keys: bool = False
+) -> Any:
     """Return what the dashboard shows, as reported by dashboard.mjs."""
-    need(Path("node"), JS / "node_modules" / "axe-core", CHROMIUM)
-    options: dict[str, object] = {"key": key, "artefacts": os.environ.get("ARTEFACTS")}
-    options["managesKeys"] = manages_keys
-    process = await asyncio.create_subprocess_exec(
-        "node",
-        str(JS / "dashboard.mjs"),
-        origin,
-        json.dumps(options),
-        env={**os.environ, "CHROMIUM": str(CHROMIUM)},
-        stdout=asyncio.subprocess.PIPE,
+    need(JS / "node_modules" / "axe-core")
+    shown = await chromium.play(
+        scenario="dashboard.visit", gateway=origin, key=key, managesKeys=manages_keys
     )
-    try:
-        async with asyncio.timeout(PLAY_TIMEOUT):
-            output, _ = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    assert process.returncode == 0
-    shown = json.loads(output)
     assert shown["violations"] == []
     assert shown["consoleErrors"] == []
     assert shown["origins"] == [origin.removesuffix("/deep/er")]
@@ -93,11 +77,11 @@ async def metric(place: RunningProxy, name: str, **labels: str) -> float:
 
 @pytest.mark.parametrize("prefix", ["", "/deep/er"])
 async def test_the_numbers_equal_those_of_the_command_line_and_the_metrics(
-    tmp_path: Path, prefix: str
+    chromium: Chromium, tmp_path: Path, prefix: str
 ) -> None:
     async with open_running_proxy(tmp_path, prefix) as place:
         await call_all(place)
-        shown = await visit(place.origin)
+        shown = await visit(chromium, place.origin)
         _, out, _ = await run_usage("--json", "--since", "24h", folder=tmp_path)
         report = json.loads(out)
         spent = await metric(place, "falproxy_spent_dollars_total")
@@ -127,10 +111,12 @@ async def test_the_numbers_equal_those_of_the_command_line_and_the_metrics(
     assert any(text.startswith("fal.ai") and "works" in text for text in shown["states"])
 
 
-async def test_a_failure_leads_to_its_calls_and_their_details(tmp_path: Path) -> None:
+async def test_a_failure_leads_to_its_calls_and_their_details(
+    chromium: Chromium, tmp_path: Path
+) -> None:
     async with open_running_proxy(tmp_path) as place:
         await call_all(place)
-        shown = await visit(place.origin)
+        shown = await visit(chromium, place.origin)
     ((status, error, calls, before, *_),) = shown["failures"]
     assert (status, calls, before) == ("422", "1", "new")
     assert error.split() == ["content_policy_violation", "fal-ai/flux/dev"]
@@ -151,11 +137,12 @@ async def test_a_failure_leads_to_its_calls_and_their_details(tmp_path: Path) ->
 
 
 async def test_a_chart_is_read_by_keyboard_and_the_time_range_is_changed(
+    chromium: Chromium,
     tmp_path: Path,
 ) -> None:
     async with open_running_proxy(tmp_path) as place:
         await call_all(place)
-        shown = await visit(place.origin)
+        shown = await visit(chromium, place.origin)
     first, before, oldest, last = shown["chart"]["announced"]
     assert first == last
     assert len({first, before, oldest}) == 3
@@ -171,7 +158,9 @@ async def test_a_chart_is_read_by_keyboard_and_the_time_range_is_changed(
 
 
 @pytest.mark.parametrize("after", [0, 1800, 3599], ids=lambda seconds: f"{seconds} s")
-async def test_deploys_and_restarts_are_marked_in_the_charts(tmp_path: Path, after: int) -> None:
+async def test_deploys_and_restarts_are_marked_in_the_charts(
+    chromium: Chromium, tmp_path: Path, after: int
+) -> None:
     """With the pointer, by keyboard, and in the table for screen readers. after: the start of an
     hour, the interval of the chart."""
     started = (time.time() // 3600 - 5) * 3600 + after
@@ -185,7 +174,7 @@ async def test_deploys_and_restarts_are_marked_in_the_charts(tmp_path: Path, aft
             ):
                 await ledger.add_start(ProcessStart(version, host, started - hours * 3600))
         await call_all(place)
-        shown = (await visit(place.origin))["chart"]["starts"]
+        shown = (await visit(chromium, place.origin))["chart"]["starts"]
     restart = "0.0.8 started on 1 process, "
     deploy = "new version 0.0.9 started on 2 processes of 2 hosts, "
     own = f"new version {__version__} started on 1 process, "
@@ -199,6 +188,7 @@ async def test_deploys_and_restarts_are_marked_in_the_charts(tmp_path: Path, aft
 
 
 async def test_each_panel_has_its_numbers_as_csv_and_the_request_for_them(
+    chromium: Chromium,
     tmp_path: Path,
 ) -> None:
     """And callers and users have the bars of their budgets, those of keys their own."""
@@ -216,7 +206,7 @@ async def test_each_panel_has_its_numbers_as_csv_and_the_request_for_them(
             f"{place.origin}/api/keys", json=new_key, headers=admin
         ) as response:
             assert response.status == 201
-        shown = await visit(place.origin, "s3cret-ann")
+        shown = await visit(chromium, place.origin, "s3cret-ann")
         for request in shown["api"]:
             method, _, path = request.partition(" ")
             assert method == "GET"
@@ -243,9 +233,9 @@ async def test_each_panel_has_its_numbers_as_csv_and_the_request_for_them(
     assert [row[-1].split() for row in shown["users"]] == [["$0.07/week", "$0.065", "spent"]]
 
 
-async def test_without_calls_instructions_are_shown(tmp_path: Path) -> None:
+async def test_without_calls_instructions_are_shown(chromium: Chromium, tmp_path: Path) -> None:
     async with open_running_proxy(tmp_path) as place:
-        shown = await visit(place.origin)
+        shown = await visit(chromium, place.origin)
     assert shown["isEmpty"]
     assert shown["tiles"]["calls"][0] == "0"
     assert shown["tiles"]["hits"][0] == NONE
@@ -260,11 +250,11 @@ async def test_without_calls_instructions_are_shown(tmp_path: Path) -> None:
     ],
 )
 async def test_a_proxy_with_access_keys_requires_one(
-    tmp_path: Path, name: str, calls: str, scope: str
+    chromium: Chromium, tmp_path: Path, name: str, calls: str, scope: str
 ) -> None:
     async with open_running_proxy(tmp_path, access_keys=KEYS, admins=("ann",)) as place:
         await call_all(place, **{"x-falproxy-key": "s3cret-ann", "x-falproxy-user": "ada"})
-        shown = await visit(place.origin, f"s3cret-{name}")
+        shown = await visit(chromium, place.origin, f"s3cret-{name}")
     assert shown["tiles"]["calls"][0] == calls
     assert shown["scope"] == scope
     assert [row[:3] for row in shown["users"]] == ([["ada", "ann", "4"]] if name == "ann" else [])
@@ -272,7 +262,9 @@ async def test_a_proxy_with_access_keys_requires_one(
     assert shown["hasKeys"] is (name == "ann")
 
 
-async def test_an_admin_creates_rotates_and_revokes_a_key(tmp_path: Path) -> None:
+async def test_an_admin_creates_rotates_and_revokes_a_key(
+    chromium: Chromium, tmp_path: Path
+) -> None:
     async with open_running_proxy(tmp_path, access_keys=KEYS, admins=("ann",)) as place:
         await call_all(place, **{"x-falproxy-key": "s3cret-ann"})
         async with place.session.post(
@@ -281,7 +273,7 @@ async def test_an_admin_creates_rotates_and_revokes_a_key(tmp_path: Path) -> Non
             headers={"x-falproxy-key": "s3cret-ann"},
         ) as response:
             assert response.status == 201
-        keys = (await visit(place.origin, "s3cret-ann", manages_keys=True))["keys"]
+        keys = (await visit(chromium, place.origin, "s3cret-ann", manages_keys=True))["keys"]
         statuses = []
         for secret in (keys["created"]["secret"], keys["rotated"]["secret"]):
             headers = {"x-falproxy-key": secret}
@@ -301,6 +293,6 @@ async def test_an_admin_creates_rotates_and_revokes_a_key(tmp_path: Path) -> Non
     assert statuses == [401, 401]
 
 
-async def test_an_open_proxy_shows_no_keys(tmp_path: Path) -> None:
+async def test_an_open_proxy_shows_no_keys(chromium: Chromium, tmp_path: Path) -> None:
     async with open_running_proxy(tmp_path) as place:
-        assert not (await visit(place.origin))["hasKeys"]
+        assert not (await visit(chromium, place.origin))["hasKeys"]

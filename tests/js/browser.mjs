@@ -5,11 +5,12 @@
  *
  * prints one JSON line for each. Without arguments it reads requests from stdin, one JSON a line,
  * `{scenario, gateway, sandbox, ...}`, and writes a line `{result}` or `{error}` for each. A
- * scenario is the name of a function of scenarios.js, or `example.<name>`, `live.<name>` or
- * `media.<name>` for one of example.mjs, live.mjs or media.mjs.
+ * scenario is the name of a function of scenarios.js, or `dashboard.<name>`, `example.<name>`,
+ * `live.<name>` or `media.<name>` for one of dashboard.mjs, example.mjs, live.mjs or media.mjs.
  */
 import { createInterface } from "node:readline";
 import { launch, withPage } from "./chromium.mjs";
+import * as dashboard from "./dashboard.mjs";
 import * as example from "./example.mjs";
 import * as live from "./live.mjs";
 import * as media from "./media.mjs";
@@ -27,6 +28,8 @@ async function handle({ scenario, ...request }) {
 
 const players = {
   page: playInPage,
+  dashboard: (name, request) =>
+    withPage(browser, dashboard.CONTEXT_OPTIONS, (page) => dashboard[name]({ page, ...request })),
   example: (name, request) => visitExample(example[name], request),
   live: (name, request) => visitExample(live[name], request),
   media: useFile,

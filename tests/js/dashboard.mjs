@@ -1,19 +1,22 @@
 /**
- * A user of the dashboard: reads the numbers, reads a chart by keyboard, changes the time range. By
- * hand:
- *
- *     node dashboard.mjs <origin and prefix> '{"key": null, "artefacts": null}'
- *
- * prints what the dashboard shows, as one JSON line. key: entered into the dialog for the access
- * key; artefacts: a directory for screenshots; managesKeys: create, rotate and revoke a key.
+ * A user of the dashboard, for test_dashboard_browser.py: reads the numbers, reads a chart by
+ * keyboard, changes the time range. ARTEFACTS: a directory for screenshots.
  */
 import { axeViolations } from "./axe.mjs";
-import { launch, withPage } from "./chromium.mjs";
 
-const [base, options = "{}"] = process.argv.slice(2);
-const { key = null, artefacts = null, managesKeys = false } = JSON.parse(options);
+const artefacts = process.env.ARTEFACTS ?? null;
+export const CONTEXT_OPTIONS = {
+  viewport: { width: 1280, height: 900 },
+  permissions: ["clipboard-read", "clipboard-write"],
+};
 
-async function visit(page) {
+/**
+ * Return what the dashboard shows.
+ *
+ * gateway: the proxy's origin and prefix; key: entered into the dialog for the access key;
+ * managesKeys: create, rotate and revoke a key.
+ */
+export async function visit({ page, gateway, key = null, managesKeys = false }) {
   page.setDefaultTimeout(30_000);
   const origins = new Set();
   const usageQueries = [];
@@ -30,7 +33,7 @@ async function visit(page) {
       consoleErrors.push(message.text());
     }
   });
-  await page.goto(`${base}/dashboard`);
+  await page.goto(`${gateway}/dashboard`);
   if (key !== null) {
     await page.getByLabel("Your key").fill(key);
     await page.getByRole("button", { name: "Continue" }).click();
@@ -303,17 +306,4 @@ async function checkWidths(page) {
 async function waitForResize(page) {
   const hasFit = () => document.documentElement.scrollWidth <= document.documentElement.clientWidth;
   await page.waitForFunction(hasFit, null, { timeout: 5000 }).catch(() => {});
-}
-
-const browser = await launch();
-try {
-  const contextOptions = {
-    viewport: { width: 1280, height: 900 },
-    bypassCSP: false,
-    permissions: ["clipboard-read", "clipboard-write"],
-  };
-  const result = await withPage(browser, contextOptions, visit);
-  process.stdout.write(`${JSON.stringify(result)}\n`);
-} finally {
-  await browser.close();
 }

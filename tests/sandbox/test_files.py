@@ -76,7 +76,8 @@ async def test_a_file_url_ends_in_the_name_made_safe_for_urls(fal: OfflineFal) -
 
 async def test_the_content_type_of_the_put_takes_precedence(fal: OfflineFal) -> None:
     url = await upload(fal, b"hello", "text/plain")
-    assert (await fal.client.session.get(url)).headers["Content-Type"] == "text/plain"
+    async with fal.client.session.get(url) as response:
+        assert response.headers["Content-Type"] == "text/plain"
 
 
 @pytest.mark.parametrize("host", ["v3.fal.media", "v3b.fal.media", "fal.media"])
@@ -112,16 +113,15 @@ async def test_every_origin_may_download_and_upload(fal: OfflineFal) -> None:
     assert preflight.status == 200
     assert preflight.headers["Access-Control-Allow-Origin"] == "https://app.example"
     assert "PUT" in preflight.headers["Access-Control-Allow-Methods"]
-    download = await fal.client.session.get(
-        await upload(fal, png()), headers={"Origin": "https://x"}
-    )
-    assert download.headers["Access-Control-Allow-Origin"] == "https://x"
+    url = await upload(fal, png())
+    async with fal.client.session.get(url, headers={"Origin": "https://x"}) as download:
+        assert download.headers["Access-Control-Allow-Origin"] == "https://x"
 
 
 async def test_uploaded_html_is_served_with_a_sandbox_policy(fal: OfflineFal) -> None:
     url = await upload(fal, b"<script>1</script>", "text/html")
-    response = await fal.client.session.get(url)
-    assert "sandbox" in response.headers["Content-Security-Policy"]
+    async with fal.client.session.get(url) as response:
+        assert "sandbox" in response.headers["Content-Security-Policy"]
 
 
 @pytest.mark.parametrize("path", ["/files/b/x/y.png", "/files/x/y.png", "/files/b/../../etc"])
@@ -293,8 +293,8 @@ async def test_the_cdn_can_be_mounted_below_a_prefix(aiohttp_client: AiohttpClie
     assert (await result_image(fal, result)).size == (64, 64)
     assert await (await front.session.get(await upload(fal, png()))).read() == png()
     url = (await result.json())["images"][0]["url"]
-    response = await front.session.get(url)
-    assert response.headers["x-falproxy-sandbox"] == "1"
+    async with front.session.get(url) as response:
+        assert response.headers["x-falproxy-sandbox"] == "1"
 
 
 @pytest.mark.parametrize("path", ["/sandbox/fal.run/fal-ai/flux/dev", "/sandbox/sandbox/state"])

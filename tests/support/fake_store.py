@@ -41,6 +41,7 @@ class FakeStore:
     delay: seconds of each operation.
     content: returned by a probe.
     operations: names of the operations so far.
+    succeeded: those that have ended without an error.
     """
 
     is_remote: bool = False
@@ -50,6 +51,7 @@ class FakeStore:
     delay: float = 0.0
     content: StoreContent | None = None
     operations: list[str] = field(default_factory=list)
+    succeeded: list[str] = field(default_factory=list)
     results: dict[str, CachedResult] = field(default_factory=dict)
     flights: dict[str, tuple[SharedCallRecord, float]] = field(default_factory=dict)
     outcomes: dict[tuple[str, str], tuple[SharedOutcome, float]] = field(default_factory=dict)
@@ -72,6 +74,7 @@ class FakeStore:
         await self.running.wait()
         if self.error is not None:
             raise self.error
+        self.succeeded.append(operation)
 
     async def probe(self) -> StoreContent | None:
         await self._record("probe")

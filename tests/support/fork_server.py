@@ -161,11 +161,19 @@ class ForkServer:
             self._process.wait()
 
 
+class PipeProtocol(asyncio.StreamReaderProtocol):
+    """Lets the transport close itself at the end of the pipe, on each event loop."""
+
+    def eof_received(self) -> bool:
+        super().eof_received()
+        return False
+
+
 async def open_reader(pipe: int) -> tuple[asyncio.StreamReader, asyncio.ReadTransport]:
     reader = asyncio.StreamReader()
-    file = os.fdopen(pipe, "rb", 0)  # closed at its end, by asyncio
+    file = os.fdopen(pipe, "rb", 0)  # closed at its end, by the event loop
     loop = asyncio.get_running_loop()
-    transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), file)
+    transport, _ = await loop.connect_read_pipe(lambda: PipeProtocol(reader), file)
     return reader, transport
 
 

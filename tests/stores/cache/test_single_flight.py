@@ -317,7 +317,7 @@ async def test_a_known_job_is_awaited_when_the_store_fails(
     )
     call = FakeCall(JOB)
     task = asyncio.ensure_future(wait_done(single_flight, call))
-    await wait_until(lambda: "acquire" in store.operations)
+    await wait_until(lambda: "acquire" in store.succeeded)
     store.error = STORE_DOWN
     store.notify()
     assert await task == GOOD
@@ -331,7 +331,7 @@ async def test_the_lease_of_a_known_leader_is_respected_when_the_store_fails(
     store.flights[KEY] = SharedCallRecord("elsewhere", False, None, 0.6), store.now + 0.6
     call = FakeCall(GOOD)
     task = asyncio.ensure_future(wait_done(single_flight, call))
-    await wait_until(lambda: "acquire" in store.operations)
+    await wait_until(lambda: "acquire" in store.succeeded)
     store.error = STORE_DOWN
     store.notify()
     await asyncio.sleep(0.4)
@@ -371,7 +371,7 @@ async def test_a_lost_notification_delays_a_follower_by_one_poll(
     )
     call = FakeCall(GOOD)
     task = asyncio.ensure_future(wait_done(single_flight, call))
-    await wait_until(lambda: "acquire" in store.operations)
+    await wait_until(lambda: "acquire" in store.succeeded)
     store.results[KEY] = RESULT  # without a notification
     async with asyncio.timeout(POLL_INTERVAL + 0.5):
         assert await task == CallOutcome(RESULT, was_executed=False)
