@@ -16,27 +16,28 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from io import FileIO
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tests.support.paths import ROOT
 
 REQUEST_MAX = 100_000  # bytes
 START_TIMEOUT = 30.0  # seconds
 PIPES = 4  # stdin, stdout, stderr, exit code
-# Modules that falproxy imports when a setting needs them: half of the CPU time of many commands.
-IMPORTED_LATER = (
-    "falproxy.cli.serve_command",
-    "falproxy.cli.sandbox_command",
-    "falproxy.stores.cache.redis",
-    "falproxy.stores.cache.sqlite",
-    "falproxy.stores.files.disk",
-    "falproxy.stores.files.supabase",
-    "falproxy.stores.ledger.postgres",
-    "falproxy.stores.limits.redis",
-    "falproxy.web.openapi",
-)
+# Modules that falproxy imports on first use, by the arguments and variables that lead to it. The
+# server imports them once, before it forks.
+SANDBOX = ("falproxy.sandbox.server",)
+IMPORTS: Mapping[str, tuple[str, ...]] = {
+    "--sandbox": SANDBOX,
+    "DATABASE_URL": ("asyncpg",),
+    "FALPROXY_SANDBOX": SANDBOX,
+    "REDIS_URL": ("falproxy.stores.cache.redis", "falproxy.stores.idempotency.redis"),
+    "SUPABASE_URL": ("falproxy.middleware.rehost", "falproxy.stores.files.supabase"),
+    "sandbox": SANDBOX,
+    "serve": ("uvloop",),
+}
 
 
 @dataclass(slots=True, eq=False)
@@ -210,6 +211,7 @@ def serve(connection: socket.socket) -> Command | None:
             data, pipes, _, _ = socket.recv_fds(connection, REQUEST_MAX, PIPES)
             if not data:
                 return None
+            import_for(json.loads(data))
             if (pid := os.fork()) == 0:
                 break
             *streams, exit_pipes[pid] = pipes
@@ -222,6 +224,17 @@ def serve(connection: socket.socket) -> Command | None:
         os.close(descriptor)
     connection.close()
     return take_over(json.loads(data), pipes)
+
+
+def import_for(request: Mapping[str, Any]) -> None:
+    """Import what falproxy's command will use, unless a package is missing."""
+    if request["code"] is not None:
+        return
+    for word in sorted(IMPORTS.keys() & {*request["arguments"], *request["env"]}):
+        with suppress(ImportError):
+            for name in IMPORTS[word]:
+                importlib.import_module(name)
+    gc.freeze()
 
 
 def report_ended(exit_pipes: dict[int, int]) -> None:
@@ -255,8 +268,6 @@ def main() -> int:
     os.environ.setdefault("FROZENLIST_NO_EXTENSIONS", "1")  # as falproxy/__main__.py
     from falproxy.cli.main import main as run
 
-    for name in IMPORTED_LATER:
-        importlib.import_module(name)
     connection = socket.socket(fileno=int(sys.argv[1]))
     # Garbage collection in a forked process would search, and so copy, all that was imported here:
     # two thirds of the CPU time of a short command.
