@@ -7,7 +7,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
@@ -112,8 +112,10 @@ class PostgresServer:
         assert self._process is not None
         pid = self._process.pid
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        for process_id in (pid, *map(int, children)):
-            os.kill(process_id, number)
+        os.kill(pid, number)
+        for process_id in map(int, children):
+            with suppress(ProcessLookupError):  # its connection has just ended
+                os.kill(process_id, number)
 
     def _create_certificate(self) -> None:
         key, certificate = (self._folder / "data" / f"server.{kind}" for kind in ("key", "crt"))

@@ -520,6 +520,7 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
+@pytest.mark.asyncio_loop
 async def test_a_request_waits_for_a_file_until_the_time_out(
     outputs: Rehoster, cdn: Cdn, storage: FaultyDiskStorage
 ) -> None:
@@ -537,6 +538,7 @@ async def test_a_request_waits_for_a_file_until_the_time_out(
     assert (cdn.request_counts["/a.png"], len(storage.puts)) == (1, 1)
 
 
+@pytest.mark.asyncio_loop
 @pytest.mark.timed
 @pytest.mark.parametrize("down", ["hangs", "fails"])
 async def test_requests_wait_briefly_for_a_storage_that_is_down(
@@ -568,6 +570,7 @@ async def test_requests_wait_briefly_for_a_storage_that_is_down(
         assert (await waiting).statuses == {RehostStatus.STORED: 1}
 
 
+@pytest.mark.asyncio_loop
 async def test_one_slow_file_does_not_shorten_the_wait_for_others(
     cdn: Cdn, storage: FaultyDiskStorage
 ) -> None:
@@ -631,6 +634,7 @@ async def test_eight_transfers_run_at_once(
     assert (await waiting).statuses == {RehostStatus.STORED: 20}
 
 
+@pytest.mark.asyncio_loop
 @pytest.mark.slow
 @pytest.mark.timed
 async def test_queued_transfers_are_limited(
