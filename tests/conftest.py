@@ -68,7 +68,8 @@ def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, LoopFactory]:
     """Run tests on uvloop, as the proxy does, those with the marker `asyncio_loop` on asyncio's
     event loop, and those with `both_event_loops` on both."""
     factories: dict[str, LoopFactory] = {"asyncio": asyncio.new_event_loop}
-    if uvloop is not None and item.get_closest_marker("asyncio_loop") is None:
+    is_for_asyncio = item.get_closest_marker("asyncio_loop") is not None
+    if not is_for_asyncio and uvloop is not None:
         if item.get_closest_marker("both_event_loops") is None:
             factories.clear()
         factories["uvloop"] = uvloop.new_event_loop
