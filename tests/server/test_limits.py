@@ -347,20 +347,30 @@ class BusyFal:
         return web.json_response({"hello": "fal"})
 
 
+POLL = request(f"x-fal-target-url: {REQUEST}/status", path=PROXY)
+
+
+async def open_busy_connections(
+    make: Make, fal: FakeFal, count: int
+) -> tuple[Proxy, BusyFal, list[Client]]:
+    """Return a proxy with as many connections as it can have, all of which wait for fal."""
+    busy = BusyFal()
+    fal.respond = busy.respond
+    proxy = await make(max_connections=count)
+    clients = [await proxy.client(POLL) for _ in range(count)]
+    await proxy.until(lambda: len(fal.seen) == count)
+    return proxy, busy, clients
+
+
 async def test_busy_connections_leave_room_for_health_checks(
     make: Make, fal: FakeFal, caplog: pytest.LogCaptureFixture
 ) -> None:
-    busy = BusyFal()
-    fal.respond = busy.respond
-    proxy = await make(max_connections=10)
-    poll = request(f"x-fal-target-url: {REQUEST}/status", path=PROXY)
-    clients = [await proxy.client(poll) for _ in range(10)]
-    await proxy.until(lambda: len(fal.seen) == 10)
+    proxy, busy, clients = await open_busy_connections(make, fal, 10)
     for _ in range(3):
         check = await proxy.client(LIVE)
         assert (await check.head()).startswith(b"HTTP/1.1 200 ")
         check.writer.close()
-    refused = await proxy.client(poll)
+    refused = await proxy.client(POLL)
     response = await refused.rest()
     assert response.startswith(b"HTTP/1.1 503 ")
     assert b"Retry-After: 1" in response
@@ -369,7 +379,7 @@ async def test_busy_connections_leave_room_for_health_checks(
     for client in clients:
         assert (await client.head()).startswith(b"HTTP/1.1 200 ")
     await proxy.until(lambda: not proxy.server.app[METRICS].in_progress)
-    assert (await (await proxy.client(poll)).head()).startswith(b"HTTP/1.1 200 ")
+    assert (await (await proxy.client(POLL)).head()).startswith(b"HTTP/1.1 200 ")
     warnings = [record for record in caplog.records if "limit of 10 connections" in record.message]
     assert len(warnings) == 1
     assert proxy.closed("limit") == 1
@@ -379,12 +389,7 @@ async def test_a_pause_of_the_process_does_not_put_off_the_search_for_idle_conne
     make: Make, fal: FakeFal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The search takes as long as the system gives its time to other processes."""
-    busy = BusyFal()
-    fal.respond = busy.respond
-    proxy = await make(max_connections=10)
-    poll = request(f"x-fal-target-url: {REQUEST}/status", path=PROXY)
-    clients = [await proxy.client(poll) for _ in range(10)]
-    await proxy.until(lambda: len(fal.seen) == 10)
+    proxy, busy, clients = await open_busy_connections(make, fal, 10)
 
     def search_with_pause(connection: LimitedProtocol) -> bool:
         time.sleep(0.05)
@@ -398,19 +403,13 @@ async def test_a_pause_of_the_process_does_not_put_off_the_search_for_idle_conne
     for client in clients:
         assert (await client.head()).startswith(b"HTTP/1.1 200 ")
     await proxy.until(lambda: not proxy.server.app[METRICS].in_progress)
-    assert (await (await proxy.client(poll)).head()).startswith(b"HTTP/1.1 200 ")
+    assert (await (await proxy.client(POLL)).head()).startswith(b"HTTP/1.1 200 ")
 
 
 async def test_connections_beyond_the_room_for_health_checks_are_closed(
     make: Make, fal: FakeFal
 ) -> None:
-    busy = BusyFal()
-    fal.respond = busy.respond
-    proxy = await make(max_connections=5)
-    poll = request(f"x-fal-target-url: {REQUEST}/status", path=PROXY)
-    for _ in range(5):
-        await proxy.client(poll)
-    await proxy.until(lambda: len(fal.seen) == 5)
+    proxy, busy, _ = await open_busy_connections(make, fal, 5)
     for _ in range(3 * HEALTH_CONNECTIONS):
         await proxy.client()
     await proxy.until(lambda: proxy.connections <= 5 + HEALTH_CONNECTIONS)
@@ -418,7 +417,7 @@ async def test_connections_beyond_the_room_for_health_checks_are_closed(
     assert proxy.closed("evicted") >= 2 * HEALTH_CONNECTIONS
     busy.proceed.set()
     await proxy.until(lambda: not proxy.server.app[METRICS].in_progress)
-    assert (await (await proxy.client(poll)).head()).startswith(b"HTTP/1.1 200 ")
+    assert (await (await proxy.client(POLL)).head()).startswith(b"HTTP/1.1 200 ")
 
 
 # Malformed requests
