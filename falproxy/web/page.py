@@ -4,7 +4,7 @@ that their scripts need."""
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -97,7 +97,7 @@ class Pages:
     async def show_file(self, request: web.Request) -> web.Response:
         """Handler for GET of FILES. Raises: ProxyError 404."""
         prefix, _, name = request.match_info["file"].partition("/")
-        if prefix == self._files.content_hash:
+        if prefix == read_files().content_hash:
             return self._file_response(request, self._get_file(name), IMMUTABLE)
         if prefix.startswith("@"):  # from the page of another version of the proxy
             return self._file_response(request, self._get_file(name), REVALIDATE)
@@ -113,12 +113,8 @@ class Pages:
         headers = {**SECURITY_HEADERS, hdrs.CACHE_CONTROL: "no-store"}
         return web.json_response(self._about, headers=headers)
 
-    @cached_property
-    def _files(self) -> WebFiles:
-        return read_files()  # on the first request, not at start
-
     def _get_file(self, name: str) -> StaticFile:
-        if (file := self._files.by_name.get(name)) is None:
+        if (file := read_files().by_name.get(name)) is None:
             raise ProxyError(404, "file_not_found", "There is no such file.", SECURITY_HEADERS)
         return file
 
@@ -191,8 +187,9 @@ def matches_etag(if_none_match: tuple[ETag, ...] | None, etag: str) -> bool:
 
 @cache
 def read_files() -> WebFiles:
-    """Return all files of the pages, which do not change. Links in the pages get the content hash
-    in their path, so that browsers can cache the files without revalidation."""
+    """Return all files of the pages, which do not change. They are read on the first request, not
+    at the start. Links in the pages get the content hash in their path, so that browsers can cache
+    the files without revalidation."""
     contents = dict(walk_files(STATIC_DIR, ""))
     digest = hashlib.sha256()
     for name, content in sorted(contents.items()):
