@@ -4,6 +4,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -55,24 +56,32 @@ class Registry:
         return next((each for each in model.variants if each.endpoint == endpoint), model)
 
 
+EMPTY_REGISTRY = Registry({}, {})
+
+
 def read_registry(user_file: Path | None = None) -> Registry:
     """Return the built-in models and templates, together with those of the user's file.
 
     Raises: ValueError, the user's file is invalid; OSError, it cannot be read.
     """
+    if user_file is None:
+        return builtin_registry()
+    return parse_registry(user_file.read_text("utf-8"), base=builtin_registry())
+
+
+@cache
+def builtin_registry() -> Registry:
     texts = [files(__name__).joinpath(name).read_text("utf-8") for name in BUILTIN_FILES]
-    return parse_registry(
-        *texts, *([user_file.read_text("utf-8")] if user_file is not None else [])
-    )
+    return parse_registry(*texts)
 
 
-def parse_registry(*texts: str) -> Registry:
-    """Parse TOML texts. Entries of later texts replace those with the same name.
+def parse_registry(*texts: str, base: Registry = EMPTY_REGISTRY) -> Registry:
+    """Return the entries of TOML texts, added to those of `base`. Later ones replace those with
+    the same name.
 
     Raises: ValueError, with a message that continues a sentence after the file's name.
     """
-    models: dict[str, RegistryModel] = {}
-    templates: dict[str, Template] = {}
+    models, templates = {**base.models}, {**base.templates}
     for text in texts:
         try:
             tables = RegistryFile.model_validate(
