@@ -19,7 +19,7 @@ test test-fast check: export PYTHONDONTWRITEBYTECODE :=
 test: .venv/dev .venv/fal_client/1.0.0 browser postgres reverse-proxies
 	-$(BIN)/python -m tests.support.rewritten_modules
 	$(BIN)/python -m pytest -m "not timed" --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
-	$(BIN)/python -m pytest -m timed --numprocesses 3 --dist loadfile --no-loadscope-reorder \
+	$(BIN)/python -m pytest -m timed --numprocesses 4 --dist worksteal \
 		$$(grep -rlE "mark\.timed" tests --include=test_*.py)
 
 # Rules and contracts, without the tests that start processes or take long.

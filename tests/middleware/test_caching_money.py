@@ -61,6 +61,7 @@ async def test_waiting_calls_do_not_repeat_a_job_without_a_storable_result(
     assert queue.paid == 1
 
 
+@pytest.mark.slow(seconds=3)
 @pytest.mark.parametrize("status", [401, 403, 404])
 async def test_a_lost_job_does_not_block_new_calls(
     status: int, make_gateway: MakeGateway, queue: FakeQueue, tmp_path: Path

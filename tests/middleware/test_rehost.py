@@ -14,7 +14,7 @@ import pytest
 import trustme
 from aiohttp import ClientPayloadError, ClientResponse, web
 from aiohttp.pytest_plugin import AiohttpClient, AiohttpServer
-from aiohttp.test_utils import TestClient, unused_port
+from aiohttp.test_utils import TestClient
 
 import falproxy
 from falproxy.middleware.rehost import LARGE_DOCUMENTS_MAX, SMALL_DOCUMENT_MAX
@@ -43,6 +43,7 @@ from tests.support.fake_supabase.errors import NO_POLICY
 from tests.support.gateway import Gateway, MakeGateway
 from tests.support.key_search import CANARY
 from tests.support.offline_fal import png as real_png
+from tests.support.ports import free_port
 from tests.support.rehosting import (
     FalCdn,
     RequestGate,
@@ -1150,7 +1151,7 @@ async def test_a_stored_file_is_a_valid_input(
         return await respond_to_calls(request)
 
     fal.respond = respond
-    port = unused_port()
+    port = free_port()
     settings = make_settings(
         fal_key=CANARY,
         upstream_origin=fal.origin,

@@ -405,6 +405,7 @@ async def test_a_lookup_waits_for_the_recovery_of_the_store(
     assert await waiting == ANN
 
 
+@pytest.mark.slow(seconds=4)
 async def test_no_request_is_unknown_right_after_a_recovery(
     shared: RequestOwnership, store: FakeStore, breaker: StoreBreaker
 ) -> None:

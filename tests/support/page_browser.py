@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from aiohttp import ClientSession, web
-from aiohttp.test_utils import TestServer, unused_port
+from aiohttp.test_utils import TestServer
 from PIL import Image
 
 import falproxy
@@ -25,6 +25,7 @@ from tests.support.chromium import Chromium
 from tests.support.js_world import JS, PLAY_TIMEOUT, need
 from tests.support.key_search import CANARY
 from tests.support.paths import CHROMIUM
+from tests.support.ports import free_port
 from tests.support.settings import make_settings
 
 BOTH = ("light", "dark")
@@ -305,7 +306,7 @@ async def open_proxy(
             "sandbox": True,
         }
         settings = make_settings(fal_key=CANARY, **(defaults | options))
-        port = unused_port()
+        port = free_port()
         proxy = RestartableProxy(sandbox, sandbox.public_url, port, prefix, settings)
         await proxy.start()
         try:

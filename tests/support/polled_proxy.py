@@ -61,6 +61,11 @@ def bearer(token: str) -> str:
     return f"Authorization: Bearer {token}"
 
 
+def refreshes_a_price() -> bool:
+    """Return whether a price is being read, from its file or from fal."""
+    return any("PriceBook._refresh" in repr(task.get_coro()) for task in asyncio.all_tasks())
+
+
 @dataclass(slots=True)
 class PolledProxy:
     server: FastPathTestServer
@@ -86,11 +91,15 @@ class PolledProxy:
         return str(json.loads(body)["request_id"])
 
     async def until_fal_is_idle(self) -> None:
-        """Wait until no request to fal is under way, such as that for a price after a submit."""
+        """Wait until no request to fal is under way or about to be sent, such as that for a price
+        after a submit."""
         pool = self.routes._pool
         assert pool is not None
         async with asyncio.timeout(10):
-            while len(pool._open_connections) != sum(map(len, pool._idle.values())):
+            while (
+                len(pool._open_connections) != sum(map(len, pool._idle.values()))
+                or refreshes_a_price()
+            ):
                 await asyncio.sleep(0.001)
 
     async def poll_of(self, *lines: str) -> bytes:

@@ -165,6 +165,7 @@ async def test_the_number_of_followed_jobs_is_bounded(tmp_path: Path) -> None:
         assert proxy.submits == 1
 
 
+@pytest.mark.slow(seconds=6)
 async def test_a_job_whose_result_could_not_be_fetched_is_followed(
     tmp_path: Path, fal: FakeFal, caplog: pytest.LogCaptureFixture
 ) -> None:

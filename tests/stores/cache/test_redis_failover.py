@@ -117,6 +117,7 @@ async def test_the_new_server_is_used_after_the_address_has_moved(
                     await asyncio.sleep(0.05)
 
 
+@pytest.mark.slow(seconds=4)
 async def test_a_replaced_server_gets_the_owners_of_every_process(
     old_server: RedisServer, new_server: RedisServer
 ) -> None:

@@ -15,6 +15,7 @@ from tests.support.fake_supabase.faults import Fault, NoResponse, Planned
 from tests.support.fake_supabase.routes import Storage
 from tests.support.fake_supabase.store import Bucket, Object
 from tests.support.fake_supabase.tokens import Tokens
+from tests.support.ports import free_port
 
 PREFIX = "/storage/v1"
 SIZE_MAX = 50 * 2**20
@@ -77,13 +78,17 @@ class FakeSupabase:
     """
 
     def __init__(
-        self, *, size_max: int = SIZE_MAX, keys: dict[str, str] | None = None, port: int = 0
+        self,
+        *,
+        size_max: int = SIZE_MAX,
+        keys: dict[str, str] | None = None,
+        port: int | None = None,
     ) -> None:
         self._keys = keys or {}
         self._tokens = Tokens(SIGNING, self._keys)
         self._storage = Storage(self._tokens, size_max)
         self._planned: list[Planned] = []
-        self._port = port
+        self._port = port or free_port()
         self._runner: web.AppRunner | None = None
         self._stopped = asyncio.Event()
         self.requests: list[ReceivedRequest] = []
