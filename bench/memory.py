@@ -22,8 +22,8 @@ TARGET = b"x-fal-target-url: https://fal.run/fal-ai/flux/dev\r\n"
 
 async def serve_fal(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Respond to GET with 200 MiB, and to POST with the length of the body."""
-    head = await reader.readuntil(b"\r\n\r\n")
     try:
+        head = await reader.readuntil(b"\r\n\r\n")
         if head.startswith(b"GET"):
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % RESPONSE)
             for _ in range(RESPONSE // len(CHUNK)):
@@ -36,8 +36,8 @@ async def serve_fal(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) 
             body = b"%d" % count
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
             await writer.drain()
-    except ConnectionError:
-        pass  # the connection of a slow reader was aborted
+    except (asyncio.IncompleteReadError, ConnectionError):
+        pass  # a connection without a request, or that of a slow reader was aborted
     finally:
         writer.close()
 
