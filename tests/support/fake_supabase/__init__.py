@@ -77,18 +77,12 @@ class FakeSupabase:
     stops_reading: do not read the rest of a body that is rejected before its end.
     """
 
-    def __init__(
-        self,
-        *,
-        size_max: int = SIZE_MAX,
-        keys: dict[str, str] | None = None,
-        port: int | None = None,
-    ) -> None:
+    def __init__(self, *, size_max: int = SIZE_MAX, keys: dict[str, str] | None = None) -> None:
         self._keys = keys or {}
         self._tokens = Tokens(SIGNING, self._keys)
         self._storage = Storage(self._tokens, size_max)
         self._planned: list[Planned] = []
-        self._port = port or free_port()
+        self._port = free_port()
         self._runner: web.AppRunner | None = None
         self._stopped = asyncio.Event()
         self.requests: list[ReceivedRequest] = []
@@ -111,7 +105,7 @@ class FakeSupabase:
         )
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", self._port, reuse_address=True).start()
-        self._runner, self._port = runner, runner.addresses[0][1]
+        self._runner = runner
 
     async def stop(self) -> None:
         """Stop listening. The objects stay."""
