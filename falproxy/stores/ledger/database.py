@@ -86,6 +86,7 @@ class ConnectionSlot:
         self._timeout = timeout
         self._lock = asyncio.Lock()
         self._connection: DbConnection | None = None
+        self._opening: asyncio.Future[DbConnection] | None = None
         self._running: DbConnection | None = None  # of the operation in progress
         self._closings = 0  # calls of `close`
 
@@ -103,7 +104,7 @@ class ConnectionSlot:
 
     async def _run(self, work: Callable[[DbConnection], Awaitable[ReturnT]]) -> ReturnT:
         closings = self._closings
-        connection = self._connection or await self._connect()
+        connection = self._connection or await self._open()
         if self._closings != closings:
             connection.terminate()
             raise LedgerError("the ledger is closed")
@@ -122,6 +123,17 @@ class ConnectionSlot:
             connection.terminate()
         return result
 
+    async def _open(self) -> DbConnection:
+        self._opening = asyncio.ensure_future(self._connect())
+        try:
+            return await self._opening
+        except asyncio.CancelledError as error:
+            if is_cancelled():
+                raise
+            raise LedgerError("the ledger is closed") from error
+        finally:
+            self._opening = None
+
     def discard(self) -> None:
         """Close an idle connection: it may lead to a server that is not used any more."""
         connection, self._connection = self._connection, None
@@ -134,6 +146,9 @@ class ConnectionSlot:
         with suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_TIMEOUT), self._lock:
                 pass
+        if self._opening is not None:
+            self._opening.cancel()
+            await asyncio.wait((self._opening,), timeout=CLOSE_TIMEOUT)
         if self._running is not None:
             self._running.terminate()
         await self.close_idle()
@@ -243,8 +258,7 @@ class LedgerDatabase:
         try:
             await self._migrations.run(self._schema, self._migrate)
         except asyncio.CancelledError as error:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
+            if is_cancelled():
                 raise
             raise LedgerError("the ledger is closed") from error
 
@@ -304,6 +318,12 @@ class LedgerDatabase:
             row = (self._schema.version_table, version)
             rows = await connection.fetch(SELECT_MIN_READER, row)
         return rows[0][0] if rows else version
+
+
+def is_cancelled() -> bool:
+    """Return whether the current task is cancelled, and not only what it waits for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 async def run_transaction(

@@ -23,6 +23,9 @@ from falproxy.stores.sqlite_open import connect_file, error_reason, is_busy
 
 BUSY_TIMEOUT = 1.0  # seconds to wait for locks of other processes
 OPEN_RETRY_INTERVAL = 0.02  # seconds
+# Seconds between checks whether the threads of terminated connections have ended, and how many
+# there are: a pause of the process, such as of a virtual machine, uses up one check only.
+TERMINATED_INTERVAL, TERMINATED_CHECKS = 0.1, 100
 NOW = "CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)"
 PLACEHOLDER = re.compile(r"\$(\d+)")
 VALUES_PLACEHOLDERS = re.compile(r"(?<=VALUES )\([?, ]+\)")
@@ -144,11 +147,11 @@ class SqliteFactory:
             raise
 
     async def wait_terminated(self) -> None:
-        while self._closing:  # a connection that is being opened is terminated after that
-            _, running = await asyncio.wait(self._closing, timeout=BUSY_TIMEOUT + 1)
-            if running:
-                break
-            await asyncio.sleep(0)
+        for _ in range(TERMINATED_CHECKS):
+            if not self._closing:
+                return
+            await asyncio.wait(self._closing, timeout=TERMINATED_INTERVAL)
+            await asyncio.sleep(0)  # a connection that was being opened is terminated now
 
 
 def sqlite_ledger(file: Path) -> SqlLedger:

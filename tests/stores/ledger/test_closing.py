@@ -1,16 +1,20 @@
 """The end of a ledger while operations are in progress: no connection stays open."""
 
 import asyncio
+import sqlite3
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from falproxy.stores.ledger import LedgerError
+from falproxy.stores.ledger import LedgerError, sqlite
+from falproxy.stores.ledger import database as ledger_database
 from falproxy.stores.ledger.database import LedgerDatabase
 from falproxy.stores.ledger.sqlite import sqlite_database
+from falproxy.stores.sqlite_open import connect_file
 
 SHORT, LONG = 200_000, 20_000_000  # rows to count
 COUNT = """
@@ -74,4 +78,80 @@ async def test_a_ledger_is_usable_after_its_end(tmp_path: Path) -> None:
         await read(database, 1)
         await write(database, 1)
         await database.close()
+    await until_threads_ended(before)
+
+
+class SlowDisk:
+    """Files that are opened when `release` is set."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.is_opening, self.release = threading.Event(), threading.Event()
+        monkeypatch.setattr(sqlite, "connect_file", self.connect)
+
+    def connect(self, file: Path, timeout: float) -> sqlite3.Connection:
+        self.is_opening.set()
+        self.release.wait(30)
+        return connect_file(file, timeout)
+
+    async def until_opening(self) -> None:
+        async with asyncio.timeout(30):
+            while not self.is_opening.is_set():
+                await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("operate", [read, write])
+async def test_the_end_waits_for_a_connection_that_a_slow_disk_opens(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    operate: Callable[[LedgerDatabase, int], Awaitable[None]],
+) -> None:
+    before = set(threading.enumerate())
+    monkeypatch.setattr(ledger_database, "CLOSE_TIMEOUT", 0.05)
+    disk = SlowDisk(monkeypatch)
+    database = sqlite_database(tmp_path / "ledger.sqlite")
+    running = asyncio.ensure_future(operate(database, 1))
+    await disk.until_opening()
+    closing = asyncio.ensure_future(database.close())
+    with pytest.raises(LedgerError, match="is closed"):
+        await running
+    assert not closing.done()
+    disk.release.set()
+    await closing
+    await until_threads_ended(before)
+
+
+async def test_a_caller_that_leaves_a_slow_disk_is_cancelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = SlowDisk(monkeypatch)
+    database = sqlite_database(tmp_path / "ledger.sqlite")
+    running = asyncio.ensure_future(write(database, 1))
+    await disk.until_opening()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    disk.release.set()
+    await write(database, 1)
+    await database.close()
+
+
+async def test_the_end_waits_for_threads_in_spite_of_a_pause_of_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = set(threading.enumerate())
+    monkeypatch.setattr(sqlite, "TERMINATED_INTERVAL", 0.02)
+    monkeypatch.setattr(sqlite, "TERMINATED_CHECKS", 20)
+    disk = SlowDisk(monkeypatch)
+    factory = sqlite.SqliteFactory(tmp_path / "ledger.sqlite")
+    connecting = asyncio.ensure_future(factory.connect())
+    await disk.until_opening()
+    connecting.cancel()
+    await asyncio.wait([connecting])
+    closing = asyncio.ensure_future(factory.wait_terminated())
+    await asyncio.sleep(0)
+    time.sleep(0.5)  # noqa: ASYNC251 - the process is paused for longer than the end waits
+    await asyncio.sleep(0.03)
+    assert not closing.done()
+    disk.release.set()
+    await closing
     await until_threads_ended(before)
