@@ -6,20 +6,22 @@ would.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from threading import Thread
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+KeyT = TypeVar("KeyT", bound=Hashable)
 
 # Seconds until tasks that do not end are abandoned, and between two cancellations of a task. In the
 # meantime a task may do what its end requires.
 CANCEL_TIMEOUT, CANCEL_INTERVAL = 2.0, 0.25
 CLOSE_TIMEOUT = 1.0  # seconds to close a connection
+DEADLINE_INTERVAL = 0.05  # seconds between two looks at the deadlines of operations
 OFFLOAD_MIN = 64 * 2**10  # bytes of a document that is processed in a thread
 
 
@@ -70,6 +72,83 @@ async def wait_while_responsive(
         if done:
             break
     return total
+
+
+class ResponsiveDeadlines(Generic[KeyT]):
+    """Deadlines of operations, each the same time after its start. Only time in which the event
+    loop responds counts: of each turn of a busy loop, which needs several turns to read a reply
+    that has arrived, DEADLINE_INTERVAL counts.
+
+    There is one timer for all of them: thousands would make the loop busier still.
+
+    seconds: of each operation.
+    on_expired: called with each operation whose deadline has passed, once.
+    """
+
+    def __init__(self, seconds: float, on_expired: Callable[[KeyT], None]) -> None:
+        self._seconds = seconds
+        self._on_expired = on_expired
+        self._deadlines: dict[KeyT, float] = {}  # by age
+        self._now = 0.0  # by a clock that runs while there are deadlines
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __repr__(self) -> str:
+        return f"<ResponsiveDeadlines of {len(self._deadlines)} operations>"
+
+    def add(self, key: KeyT) -> None:
+        self._deadlines[key] = self._now + self._seconds
+        if self._timer is None:
+            self._start_timer()
+
+    def remove(self, key: KeyT) -> None:
+        self._deadlines.pop(key, None)
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _start_timer(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(DEADLINE_INTERVAL, self._check, loop.time())
+
+    def _check(self, started_at: float) -> None:
+        elapsed = asyncio.get_running_loop().time() - started_at
+        self._now += min(elapsed, DEADLINE_INTERVAL)
+        while self._deadlines:
+            key, deadline = next(iter(self._deadlines.items()))
+            if deadline > self._now:
+                self._start_timer()
+                return
+            del self._deadlines[key]
+            self._on_expired(key)
+        self._timer = None
+
+
+class ResponsiveTimeout:
+    """Like `asyncio.timeout`, for many tasks; only time in which the event loop responds counts."""
+
+    def __init__(self, seconds: float) -> None:
+        self._deadlines = ResponsiveDeadlines[asyncio.Timeout](seconds, expire)
+
+    def __repr__(self) -> str:
+        return f"<ResponsiveTimeout {self._deadlines!r}>"
+
+    @asynccontextmanager
+    async def limit(self) -> AsyncIterator[None]:
+        """Context that takes as long as this timeout at most. Raises: TimeoutError."""
+        async with asyncio.timeout(None) as scope:
+            self._deadlines.add(scope)
+            try:
+                yield
+            finally:
+                self._deadlines.remove(scope)
+
+    def close(self) -> None:
+        self._deadlines.close()
+
+
+def expire(scope: asyncio.Timeout) -> None:
+    scope.reschedule(asyncio.get_running_loop().time())
 
 
 async def wait_for_event(event: asyncio.Event, seconds: float) -> None:

@@ -14,7 +14,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import NoPermissionError, NoScriptError, RedisClusterException, RedisError
 
-from falproxy.concurrency import cancel_tasks, close_within
+from falproxy.concurrency import ResponsiveTimeout, cancel_tasks, close_within
 from falproxy.spans import client_span
 from falproxy.stores.operation_groups import Failure, OperationGroups
 
@@ -24,8 +24,11 @@ MAX_CONNECTIONS = 32  # to one server; also the maximum of concurrent commands
 MAX_GROUPS = 4  # of commands, at the same time
 LARGE_ARGUMENT = 64 * 1024  # bytes; a command with a larger one is not sent in a group
 # All times are seconds.
-SOCKET_TIMEOUT = 2.0  # of a connect, a write, and a read
 CALL_TIMEOUT = 3.0  # of a command, with the connect and the wait for a connection
+# Of a connect, a write, and a read, as redis-py measures it: by the clock, so that it also ends if
+# the event loop was busy and the reply has arrived. A call to a single server ends by CALL_TIMEOUT;
+# one to a cluster continues with another server, so that it needs a shorter one.
+SOCKET_TIMEOUT, CLUSTER_SOCKET_TIMEOUT = 30.0, 2.0
 
 # RuntimeError: of uvloop, for a connection that was closed just before a write.
 REDIS_ERRORS = (RedisError, RedisClusterException, OSError, ValueError, RuntimeError)
@@ -61,13 +64,14 @@ class RedisClient:
         if is_grouped:
             self._groups = OperationGroups(self._start_group, MAX_GROUPS)
         self._error_type = error_type
+        self._timeout = ResponsiveTimeout(CALL_TIMEOUT)
         self._call_slots = asyncio.Semaphore(MAX_CONNECTIONS)
         self._client: Redis | RedisCluster | None = None  # selected by the first command
         self._old_clients: set[Redis | RedisCluster] = set()  # replaced and not closed yet
         self._tasks: set[asyncio.Task[Any]] = set()
         self.has_failed = False
         try:
-            self.server_client = create_client(Redis, url, retries=0)
+            self.server_client = create_client(Redis, url, SOCKET_TIMEOUT, retries=0)
             pool = self.server_client.connection_pool
             pool.connection_class(**pool.connection_kwargs)  # checks the options in the URL
         except (RedisError, ValueError, TypeError, AttributeError):
@@ -81,11 +85,12 @@ class RedisClient:
         await cancel_tasks(tuple(self._tasks), interval=0.1)
         clients = {*self._old_clients, self._client, self.server_client}
         await asyncio.gather(*map(close_client, clients))
+        self._timeout.close()
 
     def reconnect(self) -> None:
         """Use new connections from now on: the address may belong to another server now."""
         old_clients = {client for client in (self._client, self.server_client) if client}
-        self.server_client = create_client(Redis, self._url, retries=0)
+        self.server_client = create_client(Redis, self._url, SOCKET_TIMEOUT, retries=0)
         self._client = None
         self.has_failed = False
         self._old_clients |= old_clients
@@ -115,7 +120,7 @@ class RedisClient:
 
     async def _execute_in_group(self, reply: "asyncio.Future[object]") -> object:
         try:
-            async with asyncio.timeout(CALL_TIMEOUT):
+            async with self._timeout.limit():
                 return await reply
         except TimeoutError as error:
             self.has_failed = True
@@ -172,7 +177,7 @@ class RedisClient:
         several calls, which trace them."""
         try:
             with nullcontext() if operation is None else client_span("redis", operation):
-                async with asyncio.timeout(CALL_TIMEOUT), slots or self._call_slots:
+                async with self._timeout.limit(), slots or self._call_slots:
                     yield await self._connect()
         except REDIS_ERRORS as error:
             self.has_failed |= not isinstance(error, NoScriptError)
@@ -199,7 +204,7 @@ class RedisClient:
     def _select_client(self, *, is_cluster: bool) -> Redis | RedisCluster:
         """Return the client, created by the first of concurrent callers."""
         if self._client is None and is_cluster:
-            self._client = create_client(RedisCluster, self._url, retries=1)
+            self._client = create_client(RedisCluster, self._url, CLUSTER_SOCKET_TIMEOUT, retries=1)
         elif self._client is None:
             self._client = self.server_client
         return self._client
@@ -218,9 +223,12 @@ class RedisClient:
         self._old_clients -= clients
 
 
-def create_client(client_class: type[ClientT], url: str, retries: int) -> ClientT:
+def create_client(
+    client_class: type[ClientT], url: str, socket_timeout: float, retries: int
+) -> ClientT:
     """Create a client.
 
+    socket_timeout: seconds of a connect, a write, and a read.
     retries: 1 for a cluster, whose idle connections are not checked before use and may have been
         closed meanwhile.
     """
@@ -230,8 +238,8 @@ def create_client(client_class: type[ClientT], url: str, retries: int) -> Client
         decode_responses=False,
         retry=Retry(NoBackoff(), retries),
         max_connections=MAX_CONNECTIONS + 2,  # one listens, one probes
-        socket_connect_timeout=SOCKET_TIMEOUT,
-        socket_timeout=SOCKET_TIMEOUT,
+        socket_connect_timeout=socket_timeout,
+        socket_timeout=socket_timeout,
         **library_information(),
     )
 

@@ -106,6 +106,22 @@ async def test_a_large_command_is_sent_apart(client: RedisClient) -> None:
     assert await client.execute("GETRANGE", "large", 0, -1) == content
 
 
+@pytest.mark.slow(seconds=8)
+@pytest.mark.parametrize("is_grouped", [True, False])
+async def test_a_busy_event_loop_is_no_timeout(redis: RedisServer, is_grouped: bool) -> None:
+    client = RedisClient(redis.url, ClientError, is_grouped=is_grouped)
+    try:
+        for command in ("PING", "TIME"):  # with the connect, and after it
+            replies = [asyncio.ensure_future(client.execute(command)) for _ in range(3)]
+            for _ in range(3):
+                await asyncio.sleep(0)
+            time.sleep(CALL_TIMEOUT + 0.5)  # noqa: ASYNC251
+            assert len(await asyncio.gather(*replies)) == 3
+        assert not client.has_failed
+    finally:
+        await client.close()
+
+
 async def test_commands_of_a_lost_connection_fail_and_later_ones_do_not() -> None:
     with redis_server() as own:
         client = RedisClient(own.url, ClientError, is_grouped=True)

@@ -4,9 +4,14 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
-from falproxy.concurrency import cancel_tasks, close_within, wait_while_responsive
+from falproxy.concurrency import (
+    ResponsiveDeadlines,
+    cancel_tasks,
+    close_within,
+    wait_while_responsive,
+)
 from falproxy.state_log import StateLog
 from falproxy.stores.cache import (
     CacheStore,
@@ -23,7 +28,6 @@ T = TypeVar("T")
 # Seconds for one operation. Long, because a reply may be late because this process is busy, and a
 # call must not be paid for twice because of that.
 CALL_TIMEOUT = 1.0
-TIMER_INTERVAL = 0.05  # seconds between two looks at the time of operations
 # Seconds after which the reply to a probe is slow, and the number of slow probes in a row that trip
 # the breaker.
 SLOW_SECONDS = 0.05
@@ -69,10 +73,7 @@ class StoreBreaker:
         self._trip_future: asyncio.Future[None] | None = None  # done when the breaker opens
         self._tasks: set[asyncio.Task[object]] = set()
         self._monitor_task: asyncio.Task[None] | None = None
-        # Operations by age, with their deadlines by a clock that runs while there are any.
-        self._deadlines: dict[asyncio.Task[object], float] = {}
-        self._responsive_seconds = 0.0
-        self._timer: asyncio.TimerHandle | None = None
+        self._deadlines = ResponsiveDeadlines[asyncio.Task[Any]](CALL_TIMEOUT, self._on_expired)
 
     def __repr__(self) -> str:
         state = "open" if self._is_open else "closed"
@@ -131,8 +132,7 @@ class StoreBreaker:
         if self._monitor_task is not None:
             await cancel_tasks([self._monitor_task])
         await self._write_last()
-        if self._timer is not None:
-            self._timer.cancel()
+        self._deadlines.close()
         tasks = [task for task in (self._monitor_task, *self._tasks) if task is not None]
         await cancel_tasks(tasks)
         await close_within(
@@ -188,29 +188,15 @@ class StoreBreaker:
 
     async def _wait_until_open(self, task: asyncio.Task[T]) -> None:
         """Wait for the end of an operation, or until the breaker opens."""
-        self._deadlines[task] = self._responsive_seconds + CALL_TIMEOUT
-        if self._timer is None:
-            self._start_timer()
+        self._deadlines.add(task)
         try:
             await asyncio.wait((task, self._tripped()), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            del self._deadlines[task]
+            self._deadlines.remove(task)
 
-    def _start_timer(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(TIMER_INTERVAL, self._check_deadlines, loop.time())
-
-    def _check_deadlines(self, started_at: float) -> None:
-        """Open the breaker if the oldest operation takes too long. All have the same timeout. Of a
-        busy event loop, which needs several turns to read a reply, each turn counts once."""
-        self._timer = None
-        elapsed = asyncio.get_running_loop().time() - started_at
-        self._responsive_seconds += min(elapsed, TIMER_INTERVAL)
-        deadline = next((at for task, at in self._deadlines.items() if not task.done()), None)
-        if deadline is not None and self._responsive_seconds >= deadline:
+    def _on_expired(self, task: asyncio.Task[Any]) -> None:
+        if not task.done():
             self._trip(TimeoutError())
-        elif deadline is not None:
-            self._start_timer()
 
     def _tripped(self) -> asyncio.Future[None]:
         if self._trip_future is None:
