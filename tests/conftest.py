@@ -5,6 +5,7 @@ import contextlib
 import gc
 import logging
 import os
+import tempfile
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack
@@ -12,6 +13,7 @@ from itertools import accumulate, count
 from pathlib import Path
 from uuid import uuid4
 
+import hypothesis
 import pytest
 import pytest_asyncio
 from aiohttp import ClientSession, web_app
@@ -36,6 +38,11 @@ TEST_SECONDS, SLOW_TEST_SECONDS = 0.05, 1.0
 # By logger; the root has no name. Two have debug messages for each event loop and each application,
 # without requests.
 LOG_LEVELS = {None: logging.DEBUG, "asyncio": logging.INFO, "falproxy.app.pipeline": logging.INFO}
+# How examples are generated: a slow machine is no failure.
+HYPOTHESIS_PROFILE = "falproxy"
+SLOW_MACHINES = hypothesis.settings(
+    deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 # Characters of each failure in the summary at the end of the output.
 SUMMARY_MESSAGE_MAX = 200
 
@@ -55,6 +62,8 @@ def pytest_configure() -> None:
     """Keep the garbage collector from searching the tests while they are collected, and the
     temporary directories in memory: on a disk each new SQLite file takes some 20 ms."""
     gc.disable()
+    hypothesis.settings.register_profile(HYPOTHESIS_PROFILE, SLOW_MACHINES)
+    hypothesis.settings.load_profile(HYPOTHESIS_PROFILE)
     logging.getLogger().addHandler(LEAKS)
     if has_memory():
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
@@ -283,6 +292,23 @@ def tmp_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_outside_the_repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Change the working directory: by default the data directory is in it."""
     with contextlib.chdir(tmp_path_factory.mktemp("working-directory")):
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def temporary_directory() -> Iterator[None]:
+    """Set TMPDIR, of processes too, to a directory in memory, which is removed with what processes
+    have left in it. Its path is short, as sockets need, and other users may pass it, as the server
+    of PostgreSQL does."""
+    with (
+        tempfile.TemporaryDirectory(
+            prefix="fp-", dir=MEMORY if has_memory() else None, ignore_cleanup_errors=True
+        ) as folder,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        os.chmod(folder, 0o711)
+        patch.setenv("TMPDIR", folder)
+        patch.setattr(tempfile, "tempdir", folder)
         yield
 
 

@@ -65,7 +65,8 @@ def start_module(name: str) -> Coroutine[object, object, ForkedProcess]:
 
 def base_environment() -> dict[str, str]:
     """Return the variables of a process that stops without delay, unless a test sets one."""
-    own = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    names = ("PATH", "HOME", "TMPDIR")
+    own = {name: os.environ[name] for name in names if name in os.environ}
     return own | {"FALPROXY_STOP_DELAY": "0"}
 
 

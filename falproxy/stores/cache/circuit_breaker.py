@@ -143,7 +143,7 @@ class StoreBreaker:
         """Try once more to write the entries in memory, also if the store is skipped."""
         if not self._holds_unwritten():
             return
-        self._is_open, self._trip_future = False, None
+        self._close()
         with suppress(TimeoutError):
             async with asyncio.timeout(LAST_WRITE_TIMEOUT):
                 await asyncio.gather(*(write() for write in self.on_recovered))
@@ -153,8 +153,10 @@ class StoreBreaker:
     ) -> T:
         """Return the result of a store operation.
 
-        All waiting calls fail as soon as the breaker opens. Their operations are cancelled but not
-        awaited: the client library of a store may need time to react to a cancellation.
+        All waiting calls fail as soon as the breaker opens, unless the store responds slowly: a call
+        that waits for its reply would otherwise be paid for twice. The operations of failed calls
+        are cancelled but not awaited: the client library of a store may need time to react to a
+        cancellation.
 
         even_if_slow: also while the store is skipped because it is slow.
         Raises: StoreError.
@@ -214,12 +216,22 @@ class StoreBreaker:
         if not task.cancelled():
             task.exception()  # marks it as retrieved; a waiting call gets it as well
 
-    def _trip(self, error: Exception) -> None:
+    def _trip(self, error: Exception, *, is_working: bool = False) -> None:
+        """Open the breaker.
+
+        is_working: the store responds, so that waiting operations may end.
+        """
         if not self._is_open:
             self._state_log.warning("The result cache is bypassed for now: %s", reason(error))
         self._is_open, self._is_slow = True, False
-        if (tripped := self._trip_future) is not None and not tripped.done():
+        if (tripped := self._trip_future) is not None and not tripped.done() and not is_working:
             tripped.set_result(None)
+
+    def _close(self) -> None:
+        """Let operations run. Those that wait already may still have to fail, all at once."""
+        self._is_open = False
+        if self._trip_future is not None and self._trip_future.done():
+            self._trip_future = None
 
     async def _monitor(self) -> None:
         while True:
@@ -256,10 +268,10 @@ class StoreBreaker:
         loop = asyncio.get_running_loop()
         self._slow_probes = self._slow_probes + 1 if seconds > SLOW_SECONDS else 0
         if self._slow_probes >= SLOW_PROBES_TO_TRIP:
-            self._trip(TimeoutError())
+            self._trip(TimeoutError(), is_working=True)
         elif self._is_open and not self._slow_probes:
             self._state_log.warning("The result cache works again")
-            self._is_open, self._trip_future = False, None
+            self._close()
             self._complete_at = loop.time() + SETTLE_SECONDS
             _ = self._run_callbacks(self.on_recovered)
         if self._is_open:

@@ -112,6 +112,33 @@ async def test_slow_probes_open_the_breaker() -> None:
         await wait_until(lambda: not breaker.is_open)
 
 
+async def test_a_call_that_waits_for_a_slow_store_gets_its_reply() -> None:
+    """Without the reply the proxy would send the call, which another process may have sent."""
+    store = FakeStore(is_remote=True)
+
+    async def claim() -> str:
+        await wait_until(lambda: breaker.is_open)
+        await asyncio.sleep(0.02)
+        return "another process has the lease"
+
+    async with StoreBreaker(store) as breaker:
+        store.delay = 1.2 * SLOW_SECONDS
+        assert await breaker.call(claim()) == "another process has the lease"
+        assert breaker.is_open
+
+
+async def test_a_call_that_waits_for_a_slow_store_fails_with_it() -> None:
+    store = FakeStore(is_remote=True)
+    async with StoreBreaker(store) as breaker:
+        store.delay = 1.2 * SLOW_SECONDS
+        waiting = asyncio.ensure_future(breaker.call(asyncio.sleep(TIMEOUT)))
+        await wait_until(lambda: breaker.is_open)
+        assert not waiting.done()
+        store.error = STORE_DOWN
+        with pytest.raises(StoreError, match="in time"):
+            await waiting
+
+
 async def test_a_slow_store_is_used_where_it_is_needed_only() -> None:
     store = FakeStore(is_remote=True, content=CONTENT)
     store.virtual_requests["id"] = VIRTUAL_REQUEST
