@@ -153,9 +153,9 @@ class StoreBreaker:
     ) -> T:
         """Return the result of a store operation.
 
-        All waiting calls fail as soon as the breaker opens, unless the store responds slowly: a call
-        that waits for its reply would otherwise be paid for twice. The operations of failed calls
-        are cancelled but not awaited: the client library of a store may need time to react to a
+        All waiting calls fail as soon as the breaker opens, unless the store responds slowly: what
+        waits for its reply would otherwise be paid for twice. The operations of failed calls are
+        cancelled but not awaited: the client library of a store may need time to react to a
         cancellation.
 
         even_if_slow: also while the store is skipped because it is slow.
