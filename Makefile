@@ -1,8 +1,5 @@
 # The commands of this repository. Each installs what it needs.
-# python3, or a faster one: scripts/find-python.
-ifndef PYTHON
-PYTHON := $(shell scripts/find-python)
-endif
+PYTHON ?= python3
 BIN := .venv/bin
 # Processes that run tests: more than there are cores, since many tests wait for a server or a clock.
 JOBS ?= $(shell expr 3 \* $$(getconf _NPROCESSORS_ONLN))

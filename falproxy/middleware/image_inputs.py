@@ -303,14 +303,18 @@ class ImageCheck:
             async with slots:
                 await self._fetch_image(url, loc)
 
+        refusal: Exception | None = None
         try:
             async with asyncio.timeout(REMOTE_TIMEOUT), asyncio.TaskGroup() as group:
                 for loc, url in self._remote_urls.items():
                     group.create_task(fetch_in_slot(url, loc))
         except* ProxyError as refusals:
-            raise refusals.exceptions[0] from None
+            # Not raised here: Python before 3.11.4 would put it in a group.
+            refusal = refusals.exceptions[0]
         except* TimeoutError:
             self._is_fully_digested = False
+        if refusal is not None:
+            raise refusal
 
     async def _fetch_image(self, url: str, loc: Loc) -> None:
         try:

@@ -175,6 +175,20 @@ def test_every_module_has_a_docstring(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text())) or not path.read_text()
 
 
+def test_no_exception_is_raised_in_except_star() -> None:
+    """Python before 3.11.4, such as Debian's, puts such an exception in a group."""
+    found = [
+        f"{path.relative_to(PACKAGE)}:{raised.lineno}"
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.TryStar)
+        for handler in node.handlers
+        for raised in ast.walk(handler)
+        if isinstance(raised, ast.Raise)
+    ]
+    assert found == []
+
+
 def test_no_two_classes_share_a_name() -> None:
     """The sandbox is a program of its own, and may use the same names."""
     places: dict[str, list[str]] = {}

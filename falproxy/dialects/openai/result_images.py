@@ -102,11 +102,16 @@ class ImageReader:
             async with slots:
                 return await self.read(request, url)
 
+        first_error: Exception | None = None
+        tasks: list[asyncio.Task[str]] = []
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(read_in_slot(url)) for url in urls]
         except* ProxyError as errors:
-            raise errors.exceptions[0] from None
+            # Not raised here: Python before 3.11.4 would put it in a group.
+            first_error = errors.exceptions[0]
+        if first_error is not None:
+            raise first_error
         return [task.result() for task in tasks]
 
     async def read(self, request: web.Request, url: str) -> str:
