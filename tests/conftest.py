@@ -297,18 +297,15 @@ def run_outside_the_repository(tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @pytest.fixture(autouse=True, scope="session")
 def temporary_directory() -> Iterator[None]:
-    """Set TMPDIR, of processes too, to a directory in memory, which is removed with what processes
-    have left in it. Its path is short, as sockets need, and other users may pass it, as the server
-    of PostgreSQL does."""
+    """Set TMPDIR of processes to a directory that is removed with what they have left in it. Its
+    path is short, as sockets need, and other users may pass it, as the server of PostgreSQL does.
+    """
     with (
-        tempfile.TemporaryDirectory(
-            prefix="fp-", dir=MEMORY if has_memory() else None, ignore_cleanup_errors=True
-        ) as folder,
+        tempfile.TemporaryDirectory(prefix="fp-", ignore_cleanup_errors=True) as folder,
         pytest.MonkeyPatch.context() as patch,
     ):
         os.chmod(folder, 0o711)
         patch.setenv("TMPDIR", folder)
-        patch.setattr(tempfile, "tempdir", folder)
         yield
 
 

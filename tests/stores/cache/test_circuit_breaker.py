@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from falproxy.stores.cache import StoreContent, StoreError
+from falproxy.stores.cache import StoreContent, StoreError, circuit_breaker
 from falproxy.stores.cache.circuit_breaker import (
     CALL_TIMEOUT,
     PROBE_INTERVAL,
@@ -112,8 +112,11 @@ async def test_slow_probes_open_the_breaker() -> None:
         await wait_until(lambda: not breaker.is_open)
 
 
-async def test_a_call_that_waits_for_a_slow_store_gets_its_reply() -> None:
+async def test_a_call_that_waits_for_a_slow_store_gets_its_reply(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Without the reply the proxy would send the call, which another process may have sent."""
+    monkeypatch.setattr(circuit_breaker, "CALL_TIMEOUT", 10 * CALL_TIMEOUT)
     store = FakeStore(is_remote=True)
 
     async def claim() -> str:
