@@ -126,11 +126,7 @@ class ConnectionSlot:
     async def _open(self) -> DbConnection:
         self._opening = asyncio.ensure_future(self._connect())
         try:
-            return await self._opening
-        except asyncio.CancelledError as error:
-            if is_cancelled():
-                raise
-            raise LedgerError("the ledger is closed") from error
+            return await unless_closed(self._opening)
         finally:
             self._opening = None
 
@@ -255,12 +251,7 @@ class LedgerDatabase:
 
     async def _run_migration(self) -> None:
         """Migrate the schema, together with others that wait for it."""
-        try:
-            await self._migrations.run(self._schema, self._migrate)
-        except asyncio.CancelledError as error:
-            if is_cancelled():
-                raise
-            raise LedgerError("the ledger is closed") from error
+        await unless_closed(self._migrations.run(self._schema, self._migrate))
 
     async def _migrate(self) -> None:
         """Migrate the schema to the newest version, on a connection of its own: operations do not
@@ -320,10 +311,15 @@ class LedgerDatabase:
         return rows[0][0] if rows else version
 
 
-def is_cancelled() -> bool:
-    """Return whether the current task is cancelled, and not only what it waits for."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
+async def unless_closed(work: Awaitable[ReturnT]) -> ReturnT:
+    """Return the result. Raises: LedgerError, the work was cancelled, and not the current task."""
+    try:
+        return await work
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise LedgerError("the ledger is closed") from error
 
 
 async def run_transaction(
