@@ -104,8 +104,10 @@ class ResponsiveDeadlines(Generic[KeyT]):
         self._deadlines.pop(key, None)
 
     def close(self) -> None:
+        """Stop the timer. The next operation starts it again."""
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None
 
     def _start_timer(self) -> None:
         loop = asyncio.get_running_loop()

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from falproxy.concurrency import cancel_tasks, close_within
+from falproxy.concurrency import ResponsiveTimeout, cancel_tasks, close_within
 
 
 async def swallow(times: int) -> None:
@@ -81,3 +81,15 @@ async def test_a_close_that_fails_is_logged_without_its_text(
     await close_within(fail(), "The store")
     assert "The store could not be closed: OSError" in caplog.text
     assert "an address" not in caplog.text
+
+
+async def test_a_timeout_ends_what_begins_after_its_close() -> None:
+    limits = ResponsiveTimeout(0.1)
+    async with limits.limit():
+        limits.close()
+    started = time.monotonic()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(10), limits.limit():
+            await asyncio.sleep(60)
+    assert time.monotonic() - started < 5
+    limits.close()

@@ -163,8 +163,14 @@ class RedisClient:
     async def scan(self, pattern: str, batch_size: int) -> AsyncGenerator[bytes, None]:
         """Yield the keys that match a pattern, on all servers of a cluster; some more than once."""
         try:
-            client = await self._connect()
-            async for name in client.scan_iter(match=pattern, count=batch_size):
+            async with self._timeout.limit():
+                client = await self._connect()
+            names = client.scan_iter(match=pattern, count=batch_size)
+            while True:
+                async with self._timeout.limit():
+                    name = await anext(names, None)
+                if name is None:
+                    return
                 yield name
         except REDIS_ERRORS as error:
             raise self._translate(error) from error

@@ -157,6 +157,21 @@ async def test_commands_to_a_frozen_server_fail_in_time() -> None:
         await client.close()
 
 
+@pytest.mark.timed
+async def test_a_scan_of_a_frozen_server_fails_in_time() -> None:
+    with redis_server() as own:
+        client = RedisClient(own.url, ClientError)
+        await client.execute("SET", "key", b"1")
+        assert [name async for name in client.scan("*", 10)] == [b"key"]
+        own.freeze()
+        started = time.monotonic()
+        with pytest.raises(ClientError, match="TimeoutError"):
+            _ = [name async for name in client.scan("*", 10)]
+        own.thaw()
+        assert time.monotonic() - started < CALL_TIMEOUT + 1
+        await client.close()
+
+
 @pytest.fixture
 def closed_writes(monkeypatch: pytest.MonkeyPatch) -> list[RuntimeError]:
     """Errors of writes to a connection that has just been closed, by uvloop; raised once."""
