@@ -16,6 +16,7 @@ from falproxy.server.fast_path.protocol import FastPathRunner
 from tests.support.cli_process import CliProcess, run_command
 from tests.support.fake_fal import FakeFal
 from tests.support.key_search import CANARY
+from tests.support.ports import free_port
 from tests.support.urls import PROXY, REQUEST, RUN
 
 pytestmark = pytest.mark.slow
@@ -254,7 +255,7 @@ async def test_a_connection_that_is_established_while_the_socket_is_closed_is_se
     app.router.add_get("/", respond)
     runner = FastPathRunner(app, shutdown_timeout=1)
     await runner.setup()
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with socket.create_server(("127.0.0.1", free_port())) as listener:
         await SlowSite(runner, listener).start()
         clients = [
             asyncio.create_task(asyncio.to_thread(request_until_refused, listener.getsockname()))

@@ -19,6 +19,7 @@ from tests.support.cli_process import (
     base_environment,
     run_command,
     run_refused,
+    run_server,
     start_command,
 )
 from tests.support.fake_fal import FakeFal
@@ -98,8 +99,9 @@ async def test_two_colons_serve_both_families(env: dict[str, str], workers: str)
 @ALL_KINDS
 @pytest.mark.parametrize("hosts", ["127.0.0.1,::1", "0.0.0.0, ::", "127.0.0.2,[::1],127.0.0.1"])
 async def test_several_hosts_have_one_port(env: dict[str, str], workers: str, hosts: str) -> None:
+    arguments = ("serve", "--host", hosts, "--port", "0")
     async with (
-        run_command("serve", "--host", hosts, "--workers", workers, **env) as proxy,
+        run_server(start_command(*arguments, "--workers", workers, **env)) as proxy,
         ClientSession() as session,
     ):
         port = proxy.origin.rpartition(":")[2]

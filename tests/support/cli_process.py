@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from tests.support.fork_server import FORK_SERVER, ForkedProcess
 from tests.support.key_search import LEAKS
 from tests.support.paths import ROOT
+from tests.support.ports import free_port
 
 LISTENS = re.compile(r"(?:listens on|imitates fal\.ai on) (http://\S+?)[ .](?=\D)")
 
@@ -97,8 +98,8 @@ async def run_refused(*arguments: str, **env: str) -> str:
 
 
 def run_command(*arguments: str, **env: str) -> AbstractAsyncContextManager[CliProcess]:
-    """Context: a server on a free port."""
-    return run_server(start_command(*arguments, "--port", "0", **env))
+    """Context: a server on a port that no other server gets when this one has stopped."""
+    return run_server(start_command(*arguments, "--port", str(free_port()), **env))
 
 
 def run_interpreter(*arguments: str, **env: str) -> AbstractAsyncContextManager[CliProcess]:
