@@ -161,9 +161,10 @@ async def test_a_lease_is_renewed(
     await begin(store, "a", lease=SHORT)
     assert await store.mark_sent("k", "a", SHORT)
     await begin(store, "a", key="another", lease=SHORT)
-    await store.renew([("k", "a"), ("another", "a"), ("unknown", "a")], LEASE)
-    await store.renew([("k", "a")], SHORT)  # a lease never gets shorter
-    await store.renew([], LEASE)
+    calls = [("k", "a"), ("unknown", "a"), ("another", "a"), ("k", "b")]
+    assert [*await store.renew(calls, LEASE)] == [("unknown", "a"), ("k", "b")]
+    assert not await store.renew([("k", "a")], SHORT), "a lease never gets shorter"
+    assert not await store.renew([], LEASE)
     await processes.wait(SHORT * 2)
     for key in ("k", "another"):
         assert await begin(other, "b", key=key) == RUNNING

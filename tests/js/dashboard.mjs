@@ -181,13 +181,18 @@ async function readStarts(page, slider) {
     announced.push(await slider.getAttribute("aria-valuetext"));
     await page.keyboard.press("ArrowRight");
   }
-  const lines = page.locator("#calls-chart .starts path");
-  const classes = await lines.evaluateAll((paths) => paths.map((path) => path.getAttribute("class")));
+  // All at once: an update of the page draws the chart again.
+  const lines = await page.locator("#calls-chart .starts path").evaluateAll((paths) =>
+    paths.map((path) => {
+      const { x, y, height } = path.getBoundingClientRect();
+      return { className: path.getAttribute("class"), x, y: y + height / 2 };
+    }),
+  );
+  const classes = lines.map(({ className }) => className);
   const hovered = [];
   const isDrawn = await page.locator("#calls-chart .plot > svg").isVisible(); // not without calls
-  for (let n = 0; isDrawn && n < classes.length; n += 1) {
-    const { x, y, height } = await lines.nth(n).boundingBox();
-    await page.mouse.move(x, y + height / 2);
+  for (const { x, y } of isDrawn ? lines : []) {
+    await page.mouse.move(x, y);
     hovered.push(await page.locator("#calls-chart .tooltip").innerText());
   }
   const cells = page.locator("#calls-chart tbody td:last-child");

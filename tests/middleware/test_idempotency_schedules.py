@@ -86,8 +86,10 @@ class FaultyStore:
     async def mark_sent(self, key: str, token: str, lease: float) -> bool:
         return await self._run(lambda: self._store.mark_sent(key, token, lease))
 
-    async def renew(self, calls: Sequence[tuple[str, str]], lease: float) -> None:
-        await self._run(lambda: self._store.renew(calls, lease))
+    async def renew(
+        self, calls: Sequence[tuple[str, str]], lease: float
+    ) -> Sequence[tuple[str, str]]:
+        return await self._run(lambda: self._store.renew(calls, lease))
 
     async def finish(self, key: str, token: str, outcome: bytes | None) -> bool:
         return await self._run(lambda: self._store.finish(key, token, outcome))
@@ -151,9 +153,10 @@ class Node:
         self.is_dead = False
         self.app = web.Application()
 
-    async def call(self, key: str) -> web.StreamResponse:
+    async def call(self, key: str, handler: Any = None) -> web.StreamResponse:
         request: Any = FakeRequest(self.app, key)
-        return await keep_idempotent(self.calls, pass_on)(request, self._check_then_send)
+        handle = keep_idempotent(self.calls, pass_on)
+        return await handle(request, handler or self._check_then_send)
 
     async def _check_then_send(self, request: web.Request) -> web.StreamResponse:
         await asyncio.sleep(self.random.choice((0.0, 0.0, 0.5, 6.0)))  # such as the image check
@@ -322,3 +325,78 @@ async def test_a_call_that_was_not_sent_ends_with_its_client(tmp_path: Path) -> 
         for node in nodes:
             await node.calls.close(0.0)
             await node.calls.__aexit__(None, None, None)
+
+
+async def empty(store: SqliteIdempotencyStore) -> None:
+    """Delete all records, as if another Redis server without data had replaced the first."""
+    await store._write(lambda connection, now: connection.execute("DELETE FROM records").rowcount)
+
+
+@dataclass
+class LossPlay:
+    """A call of one process, and an equal one of another process; the records are lost at a time.
+
+    checked, run: seconds until the call is sent, and then until fal has responded.
+    lost_at, second_at: seconds after the start of the call.
+    """
+
+    folder: Path
+    checked: float
+    run: float
+    lost_at: float
+    second_at: float
+    fate: str = "accepted"
+
+    async def outcomes(self) -> tuple[list[str], CountingFal]:
+        loop, random = asyncio.get_running_loop(), Random(1)
+        async with SqliteIdempotencyStore(self.folder / "records.sqlite", clock=loop.time) as store:
+            fal = CountingFal([(self.fate, self.run)])
+            nodes = [Node(FaultyStore(store, random, ()), fal, random) for _ in range(2)]
+
+            async def check_then_send(request: web.Request) -> web.StreamResponse:
+                await asyncio.sleep(self.checked)
+                return await record_sending()(request, lambda _: fal.post())
+
+            first = asyncio.ensure_future(nodes[0].call("k", check_then_send))
+            await asyncio.sleep(self.lost_at)
+            await empty(store)
+            await asyncio.sleep(self.second_at - self.lost_at)
+            second = asyncio.ensure_future(nodes[1].call("k", check_then_send))
+            responses = await asyncio.gather(first, second, return_exceptions=True)
+            for node in nodes:
+                await node.calls.close(0.0)
+                await node.calls.__aexit__(None, None, None)
+        return [self._outcome(response) for response in responses], fal
+
+    def _outcome(self, response: web.StreamResponse | BaseException) -> str:
+        if isinstance(response, BaseException):
+            return getattr(response, "code", repr(response))
+        return response.headers.get("x-fal-request-id", f"{response.status}")
+
+
+AFTER_RENEWAL = LEASE / 4 + 0.5
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        pytest.param((0.5, 0.5, 0.2, 0.8), id="before it is sent, repeated while it runs"),
+        pytest.param((0.5, 0.5, 0.2, 2.0), id="before it is sent, repeated after its end"),
+        pytest.param((9.0, 0.5, 0.2, AFTER_RENEWAL), id="before it is sent, repeated before that"),
+        pytest.param((0.1, 9.0, 0.3, AFTER_RENEWAL), id="while it runs"),
+        pytest.param((0.1, 0.5, 0.3, 2.0), id="just before its end"),
+    ],
+)
+def test_records_that_the_store_has_lost_are_written_again(
+    times: tuple[float, float, float, float], tmp_path: Path
+) -> None:
+    outcomes, fal = run_in_virtual_time(LossPlay(tmp_path, *times).outcomes())
+    assert (outcomes, fal.posts) == (fal.bought * 2, 1)
+
+
+@pytest.mark.parametrize("lost_at", [0.2, 0.9, 0.99, 1.0, 1.01, 1.09])
+def test_a_released_record_is_not_written_again(lost_at: float, tmp_path: Path) -> None:
+    """fal refuses the call at about the time of a renewal: its key can be used at once."""
+    play = LossPlay(tmp_path, 0.5, 0.5, lost_at, 1.2, fate="busy")
+    outcomes, fal = run_in_virtual_time(play.outcomes())
+    assert (outcomes, fal.posts) == (["429", "429"], 2)

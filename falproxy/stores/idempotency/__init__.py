@@ -59,8 +59,13 @@ class IdempotencyStore(Protocol):
         """Record that the call is about to be sent. False if another caller has taken over: it must
         not be sent then."""
 
-    async def renew(self, calls: Sequence[tuple[str, str]], lease: float) -> None:
-        """Extend the leases of records that have not ended. calls: key and token of each."""
+    async def renew(
+        self, calls: Sequence[tuple[str, str]], lease: float
+    ) -> Sequence[tuple[str, str]]:
+        """Extend the leases of records that have not ended. calls: key and token of each.
+
+        Returns: those without such a record: it has ended, is another caller's, or does not exist.
+        """
 
     async def finish(self, key: str, token: str, outcome: bytes | None) -> bool:
         """End a record with its outcome, for RETENTION seconds. False if it had ended, or is

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
@@ -30,11 +30,12 @@ class KeyedCall:
     """The first call with a key, in the process that makes it.
 
     is_sent: fal may have received it.
+    is_released: its key is being released, or was.
     ended: its outcome; None if the store has to be asked, because the key was released, or the
         outcome is too large to be held.
     """
 
-    __slots__ = ("_calls", "digest", "ended", "is_sent", "key", "token")
+    __slots__ = ("_calls", "digest", "ended", "is_released", "is_sent", "key", "token")
 
     def __init__(self, calls: "KeyedCalls", key: str, digest: str, token: str) -> None:
         self._calls = calls
@@ -42,6 +43,7 @@ class KeyedCall:
         self.digest = digest
         self.token = token
         self.is_sent = False
+        self.is_released = False
         self.ended: asyncio.Future[StoredOutcome | None] = (
             asyncio.get_running_loop().create_future()
         )
@@ -73,6 +75,7 @@ class KeyedCall:
 
     async def release(self) -> None:
         """End the call, which bought nothing: the key may be used again."""
+        self.is_released = True
         await self._calls.write_end(UnwrittenEnd(self, None, is_released=True))
         self.ended.set_result(None)
 
@@ -84,13 +87,6 @@ class UnwrittenEnd:
     call: KeyedCall
     content: bytes | None
     is_released: bool = False
-
-    async def write(self, store: IdempotencyStore) -> None:
-        call = self.call
-        if self.is_released:
-            await store.release(call.key, call.token)
-        elif not await store.finish(call.key, call.token, self.content):
-            logger.warning("The outcome of a call with a key could not be recorded")
 
     @property
     def size(self) -> int:
@@ -162,12 +158,14 @@ class KeyedCalls:
         return call
 
     async def mark_sent(self, call: KeyedCall) -> bool:
-        return await self._store.mark_sent(call.key, call.token, self._lease)
+        return await self._mark_sent(call) or (
+            await self._begin_again(call) and await self._mark_sent(call)
+        )
 
     async def write_end(self, end: UnwrittenEnd) -> None:
         """Write the end of a call now, or later if the store is away."""
         try:
-            await end.write(self._store)
+            await self._write(end)
         except IdempotencyStoreError as error:
             logger.warning("The end of a call with a key is recorded later: %s", error)
             self._keep(end)
@@ -220,7 +218,8 @@ class KeyedCalls:
             calls = [(call.key, call.token) for call in self._calls.values()]
             if calls:
                 with suppress(IdempotencyStoreError):
-                    await self._store.renew(calls, self._lease)
+                    not_held = {*await self._store.renew(calls, self._lease)}
+                    await self._restore(not_held)
 
     async def _write_again(self) -> None:
         while True:
@@ -230,6 +229,36 @@ class KeyedCalls:
 
     async def _write_all(self) -> None:
         for token, end in tuple(self._unwritten.items()):
-            await end.write(self._store)
+            await self._write(end)
             self._unwritten.pop(token, None)
             self._forget(end.call)
+
+    async def _write(self, end: UnwrittenEnd) -> None:
+        call = end.call
+        if end.is_released:
+            await self._store.release(call.key, call.token)
+        elif not await self._finish(end) and not (
+            await self._begin_again(call) and await self._finish(end)
+        ):
+            logger.warning("The outcome of a call with a key could not be recorded")
+
+    async def _finish(self, end: UnwrittenEnd) -> bool:
+        return await self._store.finish(end.call.key, end.call.token, end.content)
+
+    async def _mark_sent(self, call: KeyedCall) -> bool:
+        return await self._store.mark_sent(call.key, call.token, self._lease)
+
+    async def _begin_again(self, call: KeyedCall) -> bool:
+        """Begin the record of a call that the store has lost, as Redis does when another server
+        replaces it. False if another process has the key."""
+        reply = await self._store.begin(call.key, call.digest, call.token, self._lease)
+        return reply.state == "started"
+
+    async def _restore(self, not_held: Set[tuple[str, str]]) -> None:
+        """Begin the records of calls again that have not ended. not_held: key and token of each."""
+        calls = [each for each in self._calls.values() if (each.key, each.token) in not_held]
+        for call in calls:
+            if not call.is_released and await self._begin_again(call) and call.is_sent:
+                await self._mark_sent(call)
+            if call.is_released:
+                await self._store.release(call.key, call.token)

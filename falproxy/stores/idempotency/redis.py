@@ -42,9 +42,12 @@ class RedisIdempotencyStore:
     async def mark_sent(self, key: str, token: str, lease: float) -> bool:
         return await self._run_script(EXTEND, key, token, repr(lease), 1) == 1
 
-    async def renew(self, calls: Sequence[tuple[str, str]], lease: float) -> None:
+    async def renew(
+        self, calls: Sequence[tuple[str, str]], lease: float
+    ) -> Sequence[tuple[str, str]]:
         scripts = (self._run_script(EXTEND, *call, repr(lease), 0) for call in calls)
-        await asyncio.gather(*scripts)
+        replies = await asyncio.gather(*scripts)
+        return [call for call, reply in zip(calls, replies, strict=True) if reply != 1]
 
     async def finish(self, key: str, token: str, outcome: bytes | None) -> bool:
         stored = () if outcome is None else (outcome,)

@@ -66,8 +66,10 @@ class SqliteIdempotencyStore(SqliteFileStore):
     async def mark_sent(self, key: str, token: str, lease: float) -> bool:
         return await self._write(self._mark_sent, key, token, lease)
 
-    async def renew(self, calls: Sequence[tuple[str, str]], lease: float) -> None:
-        await self._write(self._renew, calls, lease)
+    async def renew(
+        self, calls: Sequence[tuple[str, str]], lease: float
+    ) -> Sequence[tuple[str, str]]:
+        return await self._write(self._renew, calls, lease)
 
     async def finish(self, key: str, token: str, outcome: bytes | None) -> bool:
         return await self._write(self._finish, key, token, outcome)
@@ -134,12 +136,14 @@ class SqliteIdempotencyStore(SqliteFileStore):
         now: float,
         calls: Sequence[tuple[str, str]],
         lease: float,
-    ) -> None:
-        connection.executemany(
+    ) -> Sequence[tuple[str, str]]:
+        query = (
             "UPDATE records SET lease_until = max(lease_until, ?)"
-            " WHERE key = ? AND token = ? AND NOT has_ended",
-            [(now + lease, *call) for call in calls],
+            " WHERE key = ? AND token = ? AND NOT has_ended"
         )
+        return [
+            call for call in calls if connection.execute(query, (now + lease, *call)).rowcount != 1
+        ]
 
     def _finish(
         self,
