@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # Processes that run tests: more than there are cores, since many tests wait for a server or a clock.
-JOBS ?= $(shell expr 3 \* $$(getconf _NPROCESSORS_ONLN))
+JOBS ?= $(shell expr 2 \* $$(getconf _NPROCESSORS_ONLN))
 
 .PHONY: run test test-fast check bench faults soak rolling-restarts format lock lowest clean
 

@@ -112,11 +112,15 @@ async def test_slow_probes_open_the_breaker() -> None:
         await wait_until(lambda: not breaker.is_open)
 
 
-async def test_a_call_that_waits_for_a_slow_store_gets_its_reply(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Without the reply the proxy would send the call, which another process may have sent."""
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let calls wait so long that the breaker opens before, also on a busy machine."""
     monkeypatch.setattr(circuit_breaker, "CALL_TIMEOUT", 10 * CALL_TIMEOUT)
+
+
+@pytest.mark.usefixtures("patient")
+async def test_a_call_that_waits_for_a_slow_store_gets_its_reply() -> None:
+    """Without the reply the proxy would send the call, which another process may have sent."""
     store = FakeStore(is_remote=True)
 
     async def claim() -> str:
@@ -130,11 +134,12 @@ async def test_a_call_that_waits_for_a_slow_store_gets_its_reply(
         assert breaker.is_open
 
 
+@pytest.mark.usefixtures("patient")
 async def test_a_call_that_waits_for_a_slow_store_fails_with_it() -> None:
     store = FakeStore(is_remote=True)
     async with StoreBreaker(store) as breaker:
         store.delay = 1.2 * SLOW_SECONDS
-        waiting = asyncio.ensure_future(breaker.call(asyncio.sleep(TIMEOUT)))
+        waiting = asyncio.ensure_future(breaker.call(asyncio.sleep(10 * TIMEOUT)))
         await wait_until(lambda: breaker.is_open)
         assert not waiting.done()
         store.error = STORE_DOWN
