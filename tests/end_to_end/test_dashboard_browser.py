@@ -122,6 +122,7 @@ async def test_a_failure_leads_to_its_calls_and_their_details(
     assert error.split() == ["content_policy_violation", "fal-ai/flux/dev"]
     listed = shown["list"]
     assert listed["violations"] == []
+    assert listed["focused"].startswith("Show the calls with content_policy_violation of")
     assert listed["filtered"] == ["422 content_policy_violation"]
     for part in ("status=422", "error=content_policy_violation", "endpoint=fal-ai%2Fflux%2Fdev"):
         assert part in listed["url"]

@@ -212,6 +212,7 @@ async function readCalls(page) {
   if ((await show.count()) === 0) {
     return null;
   }
+  const focused = await focusedAfterUpdate(page, show);
   await show.press("Enter");
   const chips = page.locator("#latest tbody .chip");
   await page.waitForFunction(() => document.querySelectorAll("#latest tbody .chip.good").length === 0);
@@ -221,6 +222,7 @@ async function readCalls(page) {
   await toggle.press("Enter");
   const detail = page.locator("#latest .call-detail");
   const result = {
+    focused,
     filtered,
     url,
     expanded: await toggle.getAttribute("aria-expanded"),
@@ -237,6 +239,17 @@ async function readCalls(page) {
   await page.getByRole("button", { name: "Clear filters" }).press("Enter");
   await page.locator("#latest tbody .chip.good").first().waitFor();
   return { ...result, cleared: page.url() };
+}
+
+/** Return the label of what has the focus after an update, if a button of a table had it before. */
+async function focusedAfterUpdate(page, button) {
+  await button.focus();
+  await button.evaluate((element) => {
+    element.dataset.isOld = "";
+    window.dispatchEvent(new Event("falproxy:wake"));
+  });
+  await page.locator("[data-is-old]").waitFor({ state: "detached" });
+  return page.evaluate(() => document.activeElement.getAttribute("aria-label"));
 }
 
 /** Return the file of each visible button for CSV, by its name. The list of calls is left out. */

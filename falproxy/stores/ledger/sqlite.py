@@ -53,6 +53,7 @@ class SqliteConnection:
     def __init__(self, file: aiosqlite.Connection, closing: ClosingFutures) -> None:
         self.file = file
         self._closing = closing
+        self._end: asyncio.Future[Any] | None = None  # of its thread, after `close` or `terminate`
 
     async def fetch(self, statement: str, row: Row = ()) -> list[Row]:
         sql, order = to_sqlite(statement)
@@ -79,18 +80,27 @@ class SqliteConnection:
             await cursor.close()
 
     async def close(self) -> None:
+        """Close the connection. If the caller is cancelled, it is closed nevertheless."""
+        end = self._end or asyncio.ensure_future(self.file.close())
+        self._end_with(end)
         with map_errors():
-            await self.file.close()
+            await asyncio.shield(end)
 
     def terminate(self) -> None:
-        # The thread of the connection ends after its current statement.
-        if (closed := self.file.stop()) is not None:
-            self._closing.add(closed)
-            closed.add_done_callback(self._on_closed)
+        # The thread of the connection ends after its current statement. It would not respond to a
+        # second end.
+        if self._end is None and (end := self.file.stop()) is not None:
+            self._end_with(end)
+
+    def _end_with(self, end: "asyncio.Future[Any]") -> None:
+        self._end = end
+        self._closing.add(end)
+        end.add_done_callback(self._on_closed)
 
     def _on_closed(self, future: "asyncio.Future[Any]") -> None:
         self._closing.discard(future)
-        future.exception()  # retrieved so that asyncio does not log it; callers had an error
+        if not future.cancelled():
+            future.exception()  # retrieved so that asyncio does not log it; callers had an error
 
 
 class SqliteFactory:

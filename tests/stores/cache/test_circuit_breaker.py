@@ -113,12 +113,12 @@ async def test_slow_probes_open_the_breaker() -> None:
 
 
 @pytest.fixture
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+def waits_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let calls wait so long that the breaker opens before, also on a busy machine."""
     monkeypatch.setattr(circuit_breaker, "CALL_TIMEOUT", 10 * CALL_TIMEOUT)
 
 
-@pytest.mark.usefixtures("patient")
+@pytest.mark.usefixtures("waits_long")
 async def test_a_call_that_waits_for_a_slow_store_gets_its_reply() -> None:
     """Without the reply the proxy would send the call, which another process may have sent."""
     store = FakeStore(is_remote=True)
@@ -134,7 +134,7 @@ async def test_a_call_that_waits_for_a_slow_store_gets_its_reply() -> None:
         assert breaker.is_open
 
 
-@pytest.mark.usefixtures("patient")
+@pytest.mark.usefixtures("waits_long")
 async def test_a_call_that_waits_for_a_slow_store_fails_with_it() -> None:
     store = FakeStore(is_remote=True)
     async with StoreBreaker(store) as breaker:

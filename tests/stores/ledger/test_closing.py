@@ -7,6 +7,7 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -155,3 +156,44 @@ async def test_the_end_waits_for_threads_in_spite_of_a_pause_of_the_process(
     disk.release.set()
     await closing
     await until_threads_ended(before)
+
+
+@pytest.mark.parametrize("cancellations", [0, 1, 2, 3])
+async def test_the_end_waits_for_a_connection_whose_close_was_cancelled(
+    tmp_path: Path, cancellations: int
+) -> None:
+    before = set(threading.enumerate())
+    database = sqlite_database(tmp_path / "ledger.sqlite")
+    await write(database, 1)
+    connection = database._writer._connection
+    assert isinstance(connection, sqlite.SqliteConnection)
+    ended: list[str] = []
+
+    def run_long() -> None:
+        time.sleep(0.3)
+        ended.append("statement")
+
+    file: Any = connection.file
+    running = asyncio.ensure_future(file._execute(run_long))
+    closing = asyncio.ensure_future(database.disconnect())
+    for _ in range(cancellations):
+        await asyncio.sleep(0.01)
+        closing.cancel()
+    await database.close()
+    assert ended == ["statement"]
+    await asyncio.wait([running, closing])
+    await until_threads_ended(before)
+
+
+@pytest.mark.timed
+async def test_a_connection_that_is_terminated_twice_ends_once(tmp_path: Path) -> None:
+    factory = sqlite.SqliteFactory(tmp_path / "ledger.sqlite")
+    for _ in range(2):
+        connection = await factory.connect()
+        connection.terminate()
+        connection.terminate()
+        with suppress(LedgerError):
+            await connection.close()
+    started = time.monotonic()
+    await factory.wait_terminated()
+    assert time.monotonic() - started < 1

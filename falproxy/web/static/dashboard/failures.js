@@ -61,6 +61,7 @@ function callsButton(row, showCalls) {
     "button",
     {
       type: "button",
+      id: `show-${Object.values(filters).join("-")}`,
       className: "button small-button",
       "aria-label": name,
       onclick: () => showCalls(filters),

@@ -90,16 +90,7 @@ function renderKeys(keys, spending) {
     "Last used",
     "Actions",
   ];
-  keepFocus(() => setTable("keys", headings, lines, [1, 5]));
-}
-
-/** Run `render`, which replaces the buttons of the table, and focus the same button again. */
-function keepFocus(render) {
-  const id = byId("keys").contains(document.activeElement) ? document.activeElement.id : "";
-  render();
-  if (id) {
-    byId(id)?.focus();
-  }
+  setTable("keys", headings, lines, [1, 5]);
 }
 
 function actions(key) {

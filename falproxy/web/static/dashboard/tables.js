@@ -166,7 +166,11 @@ function exportedLatency() {
   return [["part", "operation", "requests", ...names], ...rows];
 }
 
-/** textColumns: indexes of the columns that are aligned left, besides the first. */
+/**
+ * Replace a table. What has the focus in it keeps it, if it has an id.
+ *
+ * textColumns: indexes of the columns that are aligned left, besides the first.
+ */
 export function setTable(id, headings, lines, textColumns = [], emptyText = "Nothing yet.") {
   const head = headings.map((name, n) =>
     el("th", { scope: "col", className: n === 0 || textColumns.includes(n) ? "text" : "" }, name),
@@ -177,7 +181,11 @@ export function setTable(id, headings, lines, textColumns = [], emptyText = "Not
     return;
   }
   const rows = lines.map((cells) => el("tr", {}, ...cells));
+  const focusedId = container.contains(document.activeElement) ? document.activeElement.id : "";
   container.replaceChildren(
     el("table", {}, el("thead", {}, el("tr", {}, ...head)), el("tbody", {}, ...rows)),
   );
+  if (focusedId) {
+    byId(focusedId)?.focus();
+  }
 }
