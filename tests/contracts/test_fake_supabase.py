@@ -524,7 +524,9 @@ async def test_eight_concurrent_writes_of_one_key_all_succeed(
 ) -> None:
     async def body() -> AsyncIterator[bytes]:
         yield b"a"
-        await asyncio.sleep(0.1)
+        while fake.count("POST", "/object/media/a") < 8:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
         yield b"b"
 
     responses = await asyncio.gather(
