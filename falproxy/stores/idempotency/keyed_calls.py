@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Set
+from collections.abc import Awaitable, Callable, Coroutine, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
@@ -158,8 +158,8 @@ class KeyedCalls:
         return call
 
     async def mark_sent(self, call: KeyedCall) -> bool:
-        return await self._mark_sent(call) or (
-            await self._begin_again(call) and await self._mark_sent(call)
+        return await self._as_holder(
+            call, lambda: self._store.mark_sent(call.key, call.token, self._lease)
         )
 
     async def write_end(self, end: UnwrittenEnd) -> None:
@@ -237,16 +237,15 @@ class KeyedCalls:
         call = end.call
         if end.is_released:
             await self._store.release(call.key, call.token)
-        elif not await self._finish(end) and not (
-            await self._begin_again(call) and await self._finish(end)
+        elif not await self._as_holder(
+            call, lambda: self._store.finish(call.key, call.token, end.content)
         ):
             logger.warning("The outcome of a call with a key could not be recorded")
 
-    async def _finish(self, end: UnwrittenEnd) -> bool:
-        return await self._store.finish(end.call.key, end.call.token, end.content)
-
-    async def _mark_sent(self, call: KeyedCall) -> bool:
-        return await self._store.mark_sent(call.key, call.token, self._lease)
+    async def _as_holder(self, call: KeyedCall, operation: Callable[[], Awaitable[bool]]) -> bool:
+        """Return the result of an operation on the record of a call, which is begun again if the
+        store has lost it."""
+        return await operation() or (await self._begin_again(call) and await operation())
 
     async def _begin_again(self, call: KeyedCall) -> bool:
         """Begin the record of a call that the store has lost, as Redis does when another server
@@ -258,7 +257,7 @@ class KeyedCalls:
         """Begin the records of calls again that have not ended. not_held: key and token of each."""
         calls = [each for each in self._calls.values() if (each.key, each.token) in not_held]
         for call in calls:
-            if not call.is_released and await self._begin_again(call) and call.is_sent:
-                await self._mark_sent(call)
+            if not call.is_released:
+                await (self.mark_sent(call) if call.is_sent else self._begin_again(call))
             if call.is_released:
                 await self._store.release(call.key, call.token)

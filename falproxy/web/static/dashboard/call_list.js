@@ -8,6 +8,7 @@ import { saveFile } from "./csv.js";
 import { statusClass } from "./failures.js";
 import { errorMessage } from "./form_dialog.js";
 import { formatDuration, formatUsd, formatWhen, NONE } from "./format.js";
+import { replaceContent } from "./tables.js";
 import { rangeQuery } from "./time_range.js";
 
 const PATH = "api/usage/calls";
@@ -171,11 +172,9 @@ async function exportCalls() {
 }
 
 function render(page) {
-  const focusedId = byId("latest").contains(document.activeElement)
-    ? document.activeElement.id
-    : "";
   const columns = COLUMNS.filter(({ name }) => chosen.has(name));
-  byId("latest").replaceChildren(
+  replaceContent(
+    byId("latest"),
     calls.length === 0 ? el("p", { className: "muted" }, emptyText()) : table(columns),
   );
   byId("more-calls").hidden = next === null;
@@ -186,9 +185,6 @@ function render(page) {
       : calls.length === 0
         ? ""
         : `${calls.length} calls shown.`;
-  if (focusedId) {
-    document.getElementById(focusedId)?.focus();
-  }
 }
 
 function emptyText() {

@@ -167,7 +167,7 @@ function exportedLatency() {
 }
 
 /**
- * Replace a table. What has the focus in it keeps it, if it has an id.
+ * Replace a table, as `replaceContent` does.
  *
  * textColumns: indexes of the columns that are aligned left, besides the first.
  */
@@ -181,10 +181,14 @@ export function setTable(id, headings, lines, textColumns = [], emptyText = "Not
     return;
   }
   const rows = lines.map((cells) => el("tr", {}, ...cells));
+  const table = el("table", {}, el("thead", {}, el("tr", {}, ...head)), el("tbody", {}, ...rows));
+  replaceContent(container, table);
+}
+
+/** Replace what is in an element. What has the focus there keeps it, if it has an id. */
+export function replaceContent(container, content) {
   const focusedId = container.contains(document.activeElement) ? document.activeElement.id : "";
-  container.replaceChildren(
-    el("table", {}, el("thead", {}, el("tr", {}, ...head)), el("tbody", {}, ...rows)),
-  );
+  container.replaceChildren(content);
   if (focusedId) {
     byId(focusedId)?.focus();
   }
