@@ -22,16 +22,11 @@ pytest.register_assert_rewrite("tests.support")  # failures in helpers show thei
 
 from falproxy.media.fetch import Fetcher
 from tests.support.asgi_servers import ASGI_SERVERS
+from tests.support.event_loops import new_uvloop, uvloop
 from tests.support.fake_fal import FakeFal, WireFal, open_fal, open_wire
 from tests.support.gateway import Gateway, MakeGateway, open_gateway, open_session
 from tests.support.key_search import LEAKS
 from tests.support.paths import ROOT
-
-try:
-    import uvloop
-except ImportError:  # no wheel for this platform
-    uvloop = None  # type: ignore[assignment]
-
 
 # Rough durations in seconds, by which modules are ordered.
 TEST_SECONDS, SLOW_TEST_SECONDS = 0.05, 1.0
@@ -89,7 +84,7 @@ def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, LoopFactory]:
     if not is_for_asyncio and uvloop is not None:
         if item.get_closest_marker("both_event_loops") is None:
             factories.clear()
-        factories["uvloop"] = uvloop.new_event_loop
+        factories["uvloop"] = new_uvloop
     return factories
 
 
