@@ -1,13 +1,12 @@
 """Hooks, and the fixtures of all tests: the proxy and fakes of fal on loopback."""
 
-import asyncio
 import contextlib
 import gc
 import logging
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AsyncExitStack
 from itertools import accumulate, count
 from pathlib import Path
@@ -22,7 +21,7 @@ pytest.register_assert_rewrite("tests.support")  # failures in helpers show thei
 
 from falproxy.media.fetch import Fetcher
 from tests.support.asgi_servers import ASGI_SERVERS
-from tests.support.event_loops import new_uvloop, uvloop
+from tests.support.event_loops import EVENT_LOOPS, NewLoop
 from tests.support.fake_fal import FakeFal, WireFal, open_fal, open_wire
 from tests.support.gateway import Gateway, MakeGateway, open_gateway, open_session
 from tests.support.key_search import LEAKS
@@ -50,8 +49,6 @@ GC_THRESHOLDS = (20_000, 10, 10)
 
 PATH_NUMBERS = count()  # of the temporary directories of this process
 
-LoopFactory = Callable[[], asyncio.AbstractEventLoop]
-
 
 def pytest_configure() -> None:
     """Keep the garbage collector from searching the tests while they are collected, and the
@@ -76,16 +73,16 @@ def has_memory() -> bool:
     return status.f_bavail * status.f_frsize >= MEMORY_MIN and not status.f_flag & os.ST_NOEXEC
 
 
-def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, LoopFactory]:
+def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, NewLoop]:
     """Run tests on uvloop, as the proxy does, those with the marker `asyncio_loop` on asyncio's
     event loop, and those with `both_event_loops` on both."""
-    factories: dict[str, LoopFactory] = {"asyncio": asyncio.new_event_loop}
-    is_for_asyncio = item.get_closest_marker("asyncio_loop") is not None
-    if not is_for_asyncio and uvloop is not None:
-        if item.get_closest_marker("both_event_loops") is None:
-            factories.clear()
-        factories["uvloop"] = new_uvloop
-    return factories
+    if item.get_closest_marker("asyncio_loop") is not None:
+        names = {"asyncio"}
+    elif item.get_closest_marker("both_event_loops") is not None:
+        names = {"asyncio", "uvloop"}
+    else:
+        names = {"uvloop"} & EVENT_LOOPS.keys() or {"asyncio"}
+    return {name: new_loop for name, new_loop in EVENT_LOOPS.items() if name in names}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

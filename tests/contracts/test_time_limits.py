@@ -2,15 +2,14 @@
 
 import asyncio
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 
-from tests.support.event_loops import new_uvloop, uvloop
+from tests.support.event_loops import EVENT_LOOPS
 
 SECONDS = 0.05
-LOOPS = [asyncio.new_event_loop, *([] if uvloop is None else [new_uvloop])]
 
 
 @contextmanager
@@ -30,13 +29,11 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, limit)
 
 
-@pytest.mark.parametrize("new_loop", LOOPS)
-def test_a_test_that_waits_without_end_fails(
-    new_loop: Callable[[], asyncio.AbstractEventLoop],
-) -> None:
+@pytest.mark.parametrize("name", EVENT_LOOPS)
+def test_a_test_that_waits_without_end_fails(name: str) -> None:
     with (
         time_limit(SECONDS),
-        asyncio.Runner(loop_factory=new_loop) as runner,
+        asyncio.Runner(loop_factory=EVENT_LOOPS[name]) as runner,
         pytest.raises((pytest.fail.Exception, RuntimeError), match=r"time limit|stopped"),
     ):
         runner.run(asyncio.Event().wait())

@@ -1,6 +1,7 @@
 """The event loops of the tests."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ try:
     import uvloop
 except ImportError:  # no wheel for this platform
     uvloop = None  # type: ignore[assignment]
+
+NewLoop = Callable[[], asyncio.AbstractEventLoop]
 
 
 def new_uvloop() -> asyncio.AbstractEventLoop:
@@ -25,3 +28,9 @@ def stop_at_time_limit(loop: asyncio.AbstractEventLoop, context: dict[str, Any])
     loop.default_exception_handler(context)
     if isinstance(context.get("exception"), pytest.fail.Exception):
         loop.stop()
+
+
+# By name.
+EVENT_LOOPS: dict[str, NewLoop] = {"asyncio": asyncio.new_event_loop}
+if uvloop is not None:
+    EVENT_LOOPS["uvloop"] = new_uvloop
