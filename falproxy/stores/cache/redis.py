@@ -395,8 +395,7 @@ class RedisStore:
         while True:
             try:
                 async with client.pubsub() as subscription:
-                    await subscription.subscribe(self._channel)
-                    async for message in read_messages(subscription):
+                    async for message in read_messages(subscription, self._channel):
                         delay = RECONNECT_DELAY_MIN
                         self._on_message(message)
             except REDIS_ERRORS as error:

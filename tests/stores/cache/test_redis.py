@@ -506,8 +506,10 @@ async def test_a_subscription_whose_connection_closes_during_a_write_is_renewed(
 ) -> None:
     errors = [RuntimeError("unable to perform operation on <TCPTransport>")]
 
-    async def read_or_raise(subscription: PubSub) -> AsyncGenerator[dict[str, object], None]:
-        async for message in read_messages(subscription):
+    async def read_or_raise(
+        subscription: PubSub, channel: str
+    ) -> AsyncGenerator[dict[str, object], None]:
+        async for message in read_messages(subscription, channel):
             yield message
             if errors:
                 raise errors.pop()

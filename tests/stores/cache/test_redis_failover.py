@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager
 
 import pytest
 from redis.asyncio import Redis
@@ -136,3 +137,47 @@ async def test_a_replaced_server_gets_the_owners_of_every_process(
         found = await asyncio.gather(ownerships[1].get("1"), ownerships[0].get("2"))
         assert {*found} == {owner}
         assert await ownerships[0].get("3") is None
+
+
+async def test_a_subscription_leaves_a_server_that_does_not_respond(
+    old_server: RedisServer, new_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for limit in ("CALL_TIMEOUT", "PUBSUB_IDLE_TIMEOUT"):
+        monkeypatch.setattr(f"falproxy.stores.cache.redis_messages.{limit}", 0.2)
+    async with (
+        silent_server() as (silent, connected),
+        TcpForwarder(old_server.port).running() as address,
+        RedisStore(address.url, prefix=PREFIX) as store,
+        RedisStore(new_server.url, prefix=PREFIX) as other,
+    ):
+        with store.watch("w") as changed:
+            async with asyncio.timeout(RECOVERY_SECONDS):
+                await changed.wait()  # it has subscribed
+                address.target = silent
+                await close_subscriptions(old_server)
+                await connected.wait()
+                address.target = new_server.port
+                changed.clear()
+                while not changed.is_set():
+                    await other.finish("w", "t", None)
+                    await asyncio.sleep(0.05)
+
+
+@asynccontextmanager
+async def silent_server() -> AsyncIterator[tuple[int, asyncio.Event]]:
+    """Context: the port of a server that reads and writes nothing, and whether it has a client."""
+    connected = asyncio.Event()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connected.set()
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    async with server:
+        yield server.sockets[0].getsockname()[1], connected
+
+
+async def close_subscriptions(server: RedisServer) -> None:
+    async with Redis.from_url(server.url) as client:
+        await client.client_kill_filter(_type="pubsub")
