@@ -9,7 +9,7 @@ from typing import Any
 from aiohttp import web
 
 from falproxy.errors import SettingsError
-from falproxy.server.fast_path.protocol import ConnectionWork, FastPathRunner, ProxyServer
+from falproxy.server.fast_path.protocol import FastPathRunner, ProxyServer
 from falproxy.server.service_manager import ServiceManager
 
 logger = logging.getLogger(__name__)
@@ -49,12 +49,16 @@ class ReloadableRunner(FastPathRunner):
         assert isinstance(self.server, ProxyServer)
         assert isinstance(starting.server, ProxyServer)
         old, self._app = self._app, app
-        task = asyncio.ensure_future(self._retire(old, self.server.adopt(starting.server)))
+        self.server.adopt(starting.server)
+        task = asyncio.ensure_future(self._retire(old, self.server))
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)
 
-    async def _retire(self, app: web.Application, work: list[ConnectionWork]) -> None:
+    async def _retire(self, app: web.Application, server: ProxyServer) -> None:
         """Close an application after its last request."""
+        # The tasks of requests that have just begun start, so that they are among the work.
+        await asyncio.sleep(0)
+        work = server.current_work()
         deadline = asyncio.get_running_loop().time() + RETIRE_TIMEOUT
         while any(each.is_current for each in work) and not self._is_stopping.is_set():
             if asyncio.get_running_loop().time() > deadline:

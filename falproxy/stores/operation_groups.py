@@ -25,7 +25,8 @@ class OperationGroups(Generic[OperationT]):
     """The operations that wait. They start in the order in which they were added. The operation of
     a caller that was cancelled before it started is not run.
 
-    start: starts a group. The future has its outcomes: results and `Failure`s.
+    start: starts a group. The future has its outcomes: results and `Failure`s. All operations of a
+        group that cannot be started fail with its exception.
     concurrency: groups that run at the same time.
     """
 
@@ -66,7 +67,11 @@ class OperationGroups(Generic[OperationT]):
             return
         futures = [future for _, future in group]
         self._running += 1
-        running = self._start([operation for operation, _ in group])
+        try:
+            running = self._start([operation for operation, _ in group])
+        except Exception as error:
+            running = asyncio.get_running_loop().create_future()
+            running.set_exception(error)
 
         def end(ended: "asyncio.Future[Sequence[object]]") -> None:
             self._running -= 1

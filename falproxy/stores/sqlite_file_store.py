@@ -114,7 +114,10 @@ class SqliteFileStore:
     ) -> "asyncio.Future[Sequence[object]]":
         self._has_thread = True
         loop = asyncio.get_running_loop()
-        return loop.run_in_executor(self._executor, self._run_group, operations)
+        try:
+            return loop.run_in_executor(self._executor, self._run_group, operations)
+        except RuntimeError as error:  # of an executor that has been shut down
+            raise self._translate("it is closed", error) from error
 
     # The methods below run in the file's thread.
 

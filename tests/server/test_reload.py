@@ -7,10 +7,13 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp import ClientSession, web
 
+from falproxy.server.fast_path.protocol import ProxyServer
+from falproxy.server.reload import CHECK_INTERVAL, ReloadableRunner
 from tests.support.cli_process import CliProcess, run_command
 from tests.support.fake_fal import FakeFal, respond_hello
 from tests.support.key_search import CANARY
@@ -276,3 +279,43 @@ async def test_the_sandbox_survives_the_signal(tmp_path: Path) -> None:
         proxy.process.send_signal(signal.SIGHUP)
         await until(lambda: count(proxy, "needs a restart"))
         assert await proxy.stop() == 0
+
+
+async def test_an_application_is_open_until_a_request_that_has_just_begun_ends() -> None:
+    is_closed, begun = asyncio.Event(), asyncio.get_running_loop().create_future()
+
+    async def respond(request: web.Request) -> web.Response:
+        await asyncio.sleep(2 * CHECK_INTERVAL)
+        return web.Response(text="closed" if is_closed.is_set() else "open")
+
+    async def close(_: web.Application) -> None:
+        is_closed.set()
+
+    async def wait_for_request(_: web.Application) -> None:
+        await begun
+
+    old, new = web.Application(), web.Application()
+    old.router.add_get("/", respond)
+    old.on_cleanup.append(close)
+    new.on_startup.append(wait_for_request)
+    runner = ReloadableRunner(old)
+    await runner.setup()
+    assert isinstance(runner.server, ProxyServer)
+    make_request = runner.server.request_factory
+
+    def begin(*arguments: Any) -> web.BaseRequest:
+        """Lets the new application start before the task of the handler does."""
+        begun.set_result(None)
+        return make_request(*arguments)
+
+    runner.server.request_factory = begin
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        replacing = asyncio.ensure_future(runner.replace_app(new))
+        host, port = runner.addresses[0]
+        async with ClientSession() as session, session.get(f"http://{host}:{port}/") as response:
+            assert await response.text() == "open"
+        await replacing
+        await until(is_closed.is_set)
+    finally:
+        await runner.cleanup()

@@ -180,6 +180,19 @@ async def test_operations_that_wait_are_written_when_the_store_closes(file: Path
     assert written(file) == {"0", "1", "2"}
 
 
+async def test_operations_on_a_closed_store_fail(file: Path) -> None:
+    async with Rows(file) as store:
+        await store.add("a")
+    for _ in range(2):
+        async with asyncio.timeout(5):
+            late = store.add("b"), store.names()
+            outcomes = await asyncio.gather(*late, return_exceptions=True)
+        assert {type(outcome) for outcome in outcomes} == {RowsError}
+        assert {str(outcome) for outcome in outcomes} == {
+            "rows.sqlite cannot be used: it is closed"
+        }
+
+
 @pytest.mark.timed
 async def test_all_operations_that_wait_for_a_lock_fail_together(store: Rows, file: Path) -> None:
     """Those that came later do not wait for the lock once more."""

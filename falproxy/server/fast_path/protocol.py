@@ -4,6 +4,7 @@ It uses attributes that aiohttp does not document; `is_supported` checks that th
 """
 
 import asyncio
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -346,18 +347,25 @@ class ProxyServer(Server):
             self, self.client_connections, self.route_cache, loop=self._loop, **self._kwargs
         )
 
-    def adopt(self, other: "ProxyServer") -> list[ConnectionWork]:
-        """Send all new requests to the application of another server, on open connections too.
-        Return the work in progress."""
+    def adopt(self, other: "ProxyServer") -> None:
+        """Send all new requests to the application of another server, on open connections too."""
         self.request_handler, self.request_factory = other.request_handler, other.request_factory
         self.route_cache = other.route_cache
-        work = []
+        for connection in self._protocols():
+            connection.adopt_handlers(self)
+
+    def current_work(self) -> list[ConnectionWork]:
+        """Return the requests that are being handled."""
+        return [
+            ConnectionWork(connection, connection.current_work)
+            for connection in self._protocols()
+            if connection.current_work is not None
+        ]
+
+    def _protocols(self) -> Iterator[LimitedProtocol]:
         for connection in self.connections:
             assert isinstance(connection, LimitedProtocol)
-            if connection.current_work is not None:
-                work.append(ConnectionWork(connection, connection.current_work))
-            connection.adopt_handlers(self)
-        return work
+            yield connection
 
 
 def is_supported() -> bool:
