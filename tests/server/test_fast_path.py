@@ -230,8 +230,8 @@ def without_varying(response: bytes) -> bytes:
 
 def lines_of(response: bytes) -> tuple[list[bytes], bytes]:
     """Return the lines of the head in the order of their names, and the body."""
-    head, _, body = without_varying(response).partition(b"\r\n\r\n")
-    return sorted(head.split(b"\r\n")), body
+    head, _, body = response.partition(b"\r\n\r\n")
+    return sorted(without_varying(head).split(b"\r\n")), body
 
 
 async def until(is_true: Callable[[], bool]) -> None:
