@@ -367,10 +367,10 @@ async def test_a_response_that_is_too_large_is_not_bought_again(
 async def test_a_call_that_waits_too_long_may_try_again(
     plain: Gateway, queue: FakeQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(idempotency, "WAIT_TIMEOUT", 0.1)
     queue.hold()
     first = asyncio.ensure_future(keyed(plain, RUN))
     await wait_until(lambda: queue.posts)
+    monkeypatch.setattr(idempotency, "WAIT_TIMEOUT", 0.1)
     waited = await keyed(plain, RUN)
     assert (waited.status, await code_of(waited)) == (409, "idempotency_in_progress")
     assert int(waited.headers["Retry-After"]) > 0
