@@ -5,7 +5,7 @@ import logging
 import re
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -50,8 +50,11 @@ class SqliteConnection:
     table_exists_query = "SELECT 1 FROM sqlite_master WHERE name = $1"
     privacy_statement: str | None = None  # the file mode restricts access
 
-    def __init__(self, file: aiosqlite.Connection, closing: ClosingFutures) -> None:
+    def __init__(
+        self, file: aiosqlite.Connection, opened: sqlite3.Connection, closing: ClosingFutures
+    ) -> None:
         self.file = file
+        self._opened = opened
         self._closing = closing
         self._end: asyncio.Future[Any] | None = None  # of its thread, after `close` or `terminate`
 
@@ -87,9 +90,12 @@ class SqliteConnection:
             await asyncio.shield(end)
 
     def terminate(self) -> None:
-        # The thread of the connection ends after its current statement. It would not respond to a
-        # second end.
-        if self._end is None and (end := self.file.stop()) is not None:
+        """Interrupt the statement in progress, and close the connection."""
+        if self._end is not None:  # its thread would not respond to a second end
+            return
+        with suppress(sqlite3.Error):
+            self._opened.interrupt()
+        if (end := self.file.stop()) is not None:
             self._end_with(end)
 
     def _end_with(self, end: "asyncio.Future[Any]") -> None:
@@ -140,8 +146,14 @@ class SqliteFactory:
         would end its thread at a time that `wait_terminated` does not know."""
 
         async def start() -> SqliteConnection:
-            file = await aiosqlite.Connection(open_file, ITER_CHUNK_SIZE)
-            return SqliteConnection(file, self._closing)
+            opened: list[sqlite3.Connection] = []
+
+            def open_and_keep() -> sqlite3.Connection:
+                opened.append(open_file())
+                return opened[0]
+
+            file = await aiosqlite.Connection(open_and_keep, ITER_CHUNK_SIZE)
+            return SqliteConnection(file, opened[0], self._closing)
 
         def discard(ended: asyncio.Future[SqliteConnection]) -> None:
             self._closing.discard(ended)

@@ -17,7 +17,7 @@ from falproxy.stores.ledger.database import LedgerDatabase
 from falproxy.stores.ledger.sqlite import sqlite_database
 from falproxy.stores.sqlite_open import connect_file
 
-SHORT, LONG = 200_000, 20_000_000  # rows to count
+SHORT, ENDLESS = 200_000, 10**12  # rows to count
 COUNT = """
     WITH RECURSIVE numbers(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < {})
     SELECT COUNT(*) FROM numbers
@@ -61,15 +61,32 @@ async def test_an_operation_in_progress_ends_or_is_an_error(
     await until_threads_ended(before)
 
 
-async def test_a_long_operation_ends_with_its_statement(tmp_path: Path) -> None:
+@pytest.mark.parametrize("operate", [read, write])
+async def test_the_end_interrupts_a_long_statement(
+    tmp_path: Path, operate: Callable[[LedgerDatabase, int], Awaitable[None]]
+) -> None:
     before = set(threading.enumerate())
     database = sqlite_database(tmp_path / "ledger.sqlite")
-    running = asyncio.ensure_future(read(database, LONG))
+    await operate(database, 1)
+    running = asyncio.ensure_future(operate(database, ENDLESS))
     await asyncio.sleep(0.3)
     await database.close()
     await until_threads_ended(before)
-    with suppress(LedgerError):
+    with pytest.raises(LedgerError, match="interrupted"):
         await running
+
+
+async def test_the_statement_of_a_caller_that_leaves_is_interrupted(tmp_path: Path) -> None:
+    before = set(threading.enumerate())
+    database = sqlite_database(tmp_path / "ledger.sqlite")
+    running = asyncio.ensure_future(read(database, ENDLESS))
+    await asyncio.sleep(0.3)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    await read(database, 1)
+    await database.close()
+    await until_threads_ended(before)
 
 
 async def test_a_ledger_is_usable_after_its_end(tmp_path: Path) -> None:
