@@ -9,7 +9,7 @@ import signal
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from tests.support.cache_processes import Fal, folder, open_client, open_fal, se
 from tests.support.cli_process import CliProcess
 from tests.support.key_search import CANARY
 from tests.support.redis_server import redis_server
+from tests.support.tcp_servers import stay_silent, tcp_server
 
 STOPS = int(os.environ.get("STOPS", "9"))
 CONCURRENCY = 4
@@ -101,21 +102,6 @@ FAULTS: list[Fault] = [
     silent_supabase,
     locked_files,
 ]
-
-
-async def stay_silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with suppress(OSError):
-        await reader.read()
-    writer.close()
-
-
-@asynccontextmanager
-async def tcp_server(
-    handle: Callable[[asyncio.StreamReader, asyncio.StreamWriter], object],
-) -> AsyncIterator[int]:
-    server = await asyncio.start_server(handle, "127.0.0.1", 0)  # type: ignore[arg-type]
-    yield server.sockets[0].getsockname()[1]
-    server.close()
 
 
 async def seconds_to_stop(process: CliProcess) -> float:

@@ -19,6 +19,7 @@ from falproxy.proxy.call import Call
 from falproxy.proxy.upstream import COOLDOWN_SECONDS, Upstream, open_transport
 from tests.support.fake_fal import FakeFal
 from tests.support.key_search import CANARY
+from tests.support.tcp_servers import stay_silent, tcp_server
 
 pytestmark = [pytest.mark.both_event_loops, pytest.mark.both_transports]
 
@@ -157,17 +158,11 @@ async def test_a_connect_time_out_counts_as_unreachable(
     serve_as: ServeAs,
 ) -> None:
     """The server accepts and never starts the TLS handshake."""
-
-    async def silence(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read()
-        writer.close()
-
-    silent = await asyncio.start_server(silence, "127.0.0.1", 0)
-    hosts.ports["fal.run"] = silent.sockets[0].getsockname()[1]
-    fal = await serve_as("falrun.com")
-    assert (await upstream.send(call())).status == 200
-    assert len(fal.seen) == 1
-    silent.close()
+    async with tcp_server(stay_silent) as port:
+        hosts.ports["fal.run"] = port
+        fal = await serve_as("falrun.com")
+        assert (await upstream.send(call())).status == 200
+        assert len(fal.seen) == 1
 
 
 async def test_only_the_first_caller_waits_for_the_failed_connection(

@@ -2,8 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Coroutine, Iterator
 
 import pytest
 from redis.asyncio import Redis
@@ -15,6 +14,7 @@ from falproxy.stores.ownership import RequestOwnership
 from tests.support.ports import free_port
 from tests.support.redis_server import RedisServer, redis_server
 from tests.support.tcp_forwarder import TcpForwarder
+from tests.support.tcp_servers import stay_silent, tcp_server
 
 RECOVERY_SECONDS = 5.0
 PREFIX = "p:"
@@ -145,7 +145,7 @@ async def test_a_subscription_leaves_a_server_that_does_not_respond(
     for limit in ("CALL_TIMEOUT", "PUBSUB_IDLE_TIMEOUT"):
         monkeypatch.setattr(f"falproxy.stores.cache.redis_messages.{limit}", 0.2)
     async with (
-        silent_server() as (silent, connected),
+        tcp_server(stay_silent) as silent,
         TcpForwarder(old_server.port).running() as address,
         RedisStore(address.url, prefix=PREFIX) as store,
         RedisStore(new_server.url, prefix=PREFIX) as other,
@@ -153,29 +153,15 @@ async def test_a_subscription_leaves_a_server_that_does_not_respond(
         with store.watch("w") as changed:
             async with asyncio.timeout(RECOVERY_SECONDS):
                 await changed.wait()  # it has subscribed
-                address.target = silent
+                address.target, accepted = silent, address.accepted
                 await close_subscriptions(old_server)
-                await connected.wait()
+                while address.accepted == accepted:
+                    await asyncio.sleep(0.01)
                 address.target = new_server.port
                 changed.clear()
                 while not changed.is_set():
                     await other.finish("w", "t", None)
                     await asyncio.sleep(0.05)
-
-
-@asynccontextmanager
-async def silent_server() -> AsyncIterator[tuple[int, asyncio.Event]]:
-    """Context: the port of a server that reads and writes nothing, and whether it has a client."""
-    connected = asyncio.Event()
-
-    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        connected.set()
-        await reader.read()
-        writer.close()
-
-    server = await asyncio.start_server(accept, "127.0.0.1", 0)
-    async with server:
-        yield server.sockets[0].getsockname()[1], connected
 
 
 async def close_subscriptions(server: RedisServer) -> None:
