@@ -46,6 +46,8 @@ DETECTION_SECONDS = 1.0  # after which a fault delays a call by ADDED_MAX at mos
 ADDED_MAX = 0.05  # seconds
 WINDOW = 0.5  # seconds of each median
 RECOVERY_TIMEOUT = 5.0  # seconds until a working server is used again
+# What the first probes write.
+PROCESSES, CONTENT = "falproxy:probe:processes", "falproxy:probe:content"
 
 
 def body(prompt: str) -> dict[str, object]:
@@ -221,6 +223,14 @@ def medians(pairs: list[Pair]) -> dict[float, float]:
     return {start: round(median(added), 4) for start, added in sorted(windows.items())}
 
 
+async def until_probed(server: RedisServer) -> None:
+    """Wait until the proxies have probed the server once, which takes several round trips when it
+    is empty."""
+    async with asyncio.timeout(RECOVERY_TIMEOUT), Redis.from_url(server.url) as redis:
+        while await redis.zcard(PROCESSES) < 2 or not await redis.exists(CONTENT):
+            await asyncio.sleep(0.02)
+
+
 @pytest.mark.timed
 @FAULTS
 async def test_a_fault_delays_calls_by_almost_nothing(
@@ -237,6 +247,7 @@ async def test_a_fault_delays_calls_by_almost_nothing(
         proxies = (world.first, world.second)
         for proxy in proxies:
             await world.wait_for_hit(proxy, "cached before")
+        await until_probed(server)
         async with fault(server, relay):
             clock, started_at, pairs = time.time(), time.monotonic(), []
             while time.monotonic() - started_at < FAULT_SECONDS:

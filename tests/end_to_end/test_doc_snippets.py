@@ -39,18 +39,19 @@ class Place:
     env: dict[str, str] = field(default_factory=dict)
 
     async def run(self, *command: str, stdin: str = "", cwd: Path | None = None) -> str:
-        """Run a program to its end, and return its output."""
+        """Run a program to its end, and return its output. Without a `stdin`, it has an empty
+        one: a program that does not read it may have ended before anything can be written."""
         process = await asyncio.create_subprocess_exec(
             *command,
             cwd=cwd or self.folder,
             env=self.env,
-            stdin=asyncio.subprocess.PIPE,
+            stdin=asyncio.subprocess.PIPE if stdin else asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
         )
         try:
             async with asyncio.timeout(TIMEOUT):
-                out, err = await process.communicate(stdin.encode())
+                out, err = await process.communicate(stdin.encode() or None)
         finally:
             with suppress(ProcessLookupError):
                 process.kill()

@@ -91,7 +91,7 @@ def authority() -> trustme.CA:
 @pytest.fixture
 async def cdn(authority: trustme.CA, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FalCdn]:
     """`https://v3.fal.media`, with one image."""
-    trust = ssl.create_default_context()
+    trust = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     authority.configure_trust(trust)
     monkeypatch.setattr("aiohttp.connector._SSL_CONTEXT_VERIFIED", trust)
     async with open_fal_cdn(authority) as cdn:

@@ -68,7 +68,7 @@ def authority() -> trustme.CA:
 
 @pytest.fixture
 async def upstream(hosts: HostMap, authority: trustme.CA, is_fast: bool) -> AsyncIterator[Upstream]:
-    trust = ssl.create_default_context()
+    trust = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     authority.configure_trust(trust)
     kind = "pool" if is_fast else "aiohttp"
     async with open_transport((4.0, 8.0), kind=kind, ssl_context=trust, resolver=hosts) as way:

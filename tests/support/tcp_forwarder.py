@@ -4,13 +4,16 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
+# Each with the time of the event loop at which it is sent; an empty one is the end.
+Pieces = asyncio.Queue[tuple[float, bytes]]
+
 
 class TcpForwarder:
     """A forwarder to the port of a server. Connections that are open when the address moves still
     lead to the old server.
 
     target: port of the server that new connections lead to.
-    reply_delay: seconds by which each piece of a reply is delayed.
+    reply_delay: seconds after its arrival at which each piece of a reply is sent on.
     """
 
     def __init__(self, target: int) -> None:
@@ -54,12 +57,26 @@ class TcpForwarder:
     async def _forward(
         self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, *, is_reply: bool
     ) -> None:
-        with suppress(OSError):  # one side has closed its connection
-            while data := await source.read(65536):
-                if is_reply and self.reply_delay:
-                    await asyncio.sleep(self.reply_delay)
-                sink.write(data)
+        pieces: Pieces = asyncio.Queue()
+        await asyncio.gather(self._read(source, pieces, is_reply), send_when_due(pieces, sink))
         sink.close()
+
+    async def _read(self, source: asyncio.StreamReader, pieces: Pieces, is_reply: bool) -> None:
+        loop = asyncio.get_running_loop()
+        with suppress(OSError):  # the other side has closed its connection
+            while data := await source.read(65536):
+                pieces.put_nowait((loop.time() + self.reply_delay * is_reply, data))
+        pieces.put_nowait((loop.time(), b""))
+
+
+async def send_when_due(pieces: Pieces, sink: asyncio.StreamWriter) -> None:
+    """Send pieces until an empty one. The delay of one does not add to that of the next."""
+    while True:
+        due_at, data = await pieces.get()
+        await asyncio.sleep(due_at - asyncio.get_running_loop().time())
+        if not data:
+            return
+        sink.write(data)
 
 
 async def closed(writer: asyncio.StreamWriter) -> None:

@@ -420,7 +420,7 @@ async def test_an_untrusted_certificate_is_a_failure(
 async def test_a_redirect_from_https_to_http_is_not_followed(
     world: World, fetcher: Fetcher, tls: trustme.CA, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trust = ssl.create_default_context()
+    trust = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     tls.configure_trust(trust)
     monkeypatch.setattr("aiohttp.connector._SSL_CONTEXT_VERIFIED", trust)
     assert (await fetcher.fetch_digest(f"https://{NAME}:{world.port}/a.png", MAX)).digest == DIGEST

@@ -19,6 +19,8 @@ from tests.support.fake_store import STORE_DOWN, VIRTUAL_REQUEST, FakeStore, wai
 pytestmark = pytest.mark.takes(seconds=1)
 
 TIMEOUT = 5.0
+# Seconds of a reply that is slow on a busy machine as well, where most of them do not count.
+SLOW_REPLY = 8 * SLOW_SECONDS
 CONTENT = StoreContent("content", is_new=False)
 
 
@@ -152,7 +154,7 @@ async def test_a_slow_store_is_used_where_it_is_needed_only() -> None:
     store.virtual_requests["id"] = VIRTUAL_REQUEST
     async with StoreBreaker(store) as breaker:
         await wait_until(lambda: "probe" in store.operations)
-        store.delay = 3 * SLOW_SECONDS
+        store.delay = SLOW_REPLY
         await wait_until(lambda: breaker.is_open)
         with pytest.raises(StoreError, match="skipped"):
             await breaker.call(store.get_virtual_request("id"))
@@ -166,7 +168,7 @@ async def test_a_store_that_does_not_work_is_skipped_by_all(failure: str) -> Non
     store = FakeStore(is_remote=True, content=CONTENT)
     async with StoreBreaker(store) as breaker:
         await wait_until(lambda: "probe" in store.operations)
-        store.delay = 3 * SLOW_SECONDS
+        store.delay = SLOW_REPLY
         await wait_until(lambda: breaker.is_complete and breaker.is_open)
         if failure == "down":
             store.error = STORE_DOWN
@@ -186,7 +188,7 @@ async def test_a_slow_store_that_hangs_is_an_error() -> None:
     store = FakeStore(is_remote=True, content=CONTENT)
     async with StoreBreaker(store) as breaker:
         await wait_until(lambda: "probe" in store.operations)
-        store.delay = 3 * SLOW_SECONDS
+        store.delay = SLOW_REPLY
         await wait_until(lambda: breaker.is_complete and breaker.is_open)
         store.running.clear()
         with pytest.raises(StoreError):
@@ -207,7 +209,7 @@ async def test_entries_in_memory_are_written_to_a_slow_store() -> None:
         breaker.unwritten_counts.append(lambda: len(unwritten))
         breaker.on_recovered.append(write)
         await wait_until(lambda: "probe" in store.operations)
-        store.delay = 3 * SLOW_SECONDS
+        store.delay = SLOW_REPLY
         await wait_until(lambda: not unwritten)
         assert breaker.is_open
         probes = store.operations.count("probe")
