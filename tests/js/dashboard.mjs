@@ -14,9 +14,10 @@ export const CONTEXT_OPTIONS = {
  * Return what the dashboard shows.
  *
  * gateway: the proxy's origin and prefix; key: entered into the dialog for the access key;
- * managesKeys: create, rotate and revoke a key.
+ * managesKeys: create, rotate and revoke a key; parts: what is done beside reading the numbers, of
+ * `appearance`, `chart`, `csv`, `pause`, `list` and `hour`.
  */
-export async function visit({ page, gateway, key = null, managesKeys = false }) {
+export async function visit({ page, gateway, key = null, managesKeys = false, parts }) {
   page.setDefaultTimeout(30_000);
   const origins = new Set();
   const usageQueries = [];
@@ -42,20 +43,40 @@ export async function visit({ page, gateway, key = null, managesKeys = false }) 
   const keys = managesKeys ? await manageKeys(page) : null;
   const hasKeys = await page.locator("#keys-panel").isVisible();
   const result = { ...(await readNumbers(page)), keys, hasKeys };
-  result.violations = [...(keys?.violations ?? []), ...(await violationsInBothSchemes(page))];
-  await checkWidths(page);
-  result.chart = await readChart(page);
-  result.csv = await exportTables(page);
-  result.pause = await pauseUpdates(page);
-  result.list = await readCalls(page);
-  await page.getByRole("radio", { name: "Hour" }).check({ force: true });
-  await waitForRange(page, "hour");
-  result.hour = await readNumbers(page);
-  result.url = page.url();
-  await page.reload();
-  await waitForRange(page, "hour");
+  result.violations = keys?.violations ?? [];
+  for (const part of parts) {
+    await PARTS[part](page, result);
+  }
   return { ...result, usageQueries, consoleErrors, origins: [...origins] };
 }
+
+/** Functions that take a part of a visit, and add what they find to its result. */
+const PARTS = {
+  async appearance(page, result) {
+    result.violations.push(...(await violationsInBothSchemes(page)));
+    await checkWidths(page);
+  },
+  async chart(page, result) {
+    result.chart = await readChart(page);
+  },
+  async csv(page, result) {
+    result.csv = await exportTables(page);
+  },
+  async pause(page, result) {
+    result.pause = await pauseUpdates(page);
+  },
+  async list(page, result) {
+    result.list = await readCalls(page);
+  },
+  async hour(page, result) {
+    await page.getByRole("radio", { name: "Hour" }).check({ force: true });
+    await waitForRange(page, "hour");
+    result.hour = await readNumbers(page);
+    result.url = page.url();
+    await page.reload();
+    await waitForRange(page, "hour");
+  },
+};
 
 /** Create a key with the dialog, rotate and revoke it. Return its secrets and the table after each step. */
 async function manageKeys(page) {
