@@ -1,5 +1,8 @@
 # The commands of this repository. Each installs what it needs.
-PYTHON ?= python3
+# python3, or a faster one: scripts/find-python.
+ifndef PYTHON
+PYTHON := $(shell scripts/find-python)
+endif
 BIN := .venv/bin
 # Processes that run tests: more than there are cores, since many tests wait for a server or a clock.
 JOBS ?= $(shell expr 2 \* $$(getconf _NPROCESSORS_ONLN))

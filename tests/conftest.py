@@ -45,7 +45,7 @@ MEMORY, MEMORY_MIN = Path("/dev/shm"), 4 * 2**30
 
 # Net new objects before a collection of the youngest ones; collections of a generation before one
 # of the next.
-GC_THRESHOLDS = (20_000, 10, 10)
+GC_THRESHOLDS = (200_000, 50, 10)
 
 PATH_NUMBERS = count()  # of the temporary directories of this process
 
