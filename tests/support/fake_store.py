@@ -22,7 +22,7 @@ from falproxy.stores.cache import (
 
 VIRTUAL_REQUEST = VirtualRequest("key", "ann", "fal-ai/flux")
 STORE_DOWN = StoreError("the store is down")
-TIMEOUT = 5.0  # seconds
+TIMEOUT = 30.0  # seconds, for a loaded machine
 
 
 async def wait_until(condition: Callable[[], object]) -> None:

@@ -30,7 +30,7 @@ JOB = Job("job-1", "fal-ai/flux", "mark")
 RESULT = CachedResult(b"{}", "application/json", 1.0, 3600.0)
 GOOD = CallOutcome(RESULT)
 BAD = CallOutcome(failure=SharedFailure(500, "application/json", b"{}"))
-TIMEOUT = 3.0
+TIMEOUT = 20.0  # seconds, for a loaded machine
 
 
 class FakeCall:
