@@ -43,14 +43,14 @@ export async function visit({ page, gateway, key = null, managesKeys = false, pa
   const keys = managesKeys ? await manageKeys(page) : null;
   const hasKeys = await page.locator("#keys-panel").isVisible();
   const result = { ...(await readNumbers(page)), keys, hasKeys };
-  result.violations = keys?.violations ?? [];
+  result.violations = [...(keys?.violations ?? [])];
   for (const part of parts) {
     await PARTS[part](page, result);
   }
   return { ...result, usageQueries, consoleErrors, origins: [...origins] };
 }
 
-/** Functions that take a part of a visit, and add what they find to its result. */
+/** The parts of a visit: each function adds what it finds to the result. */
 const PARTS = {
   async appearance(page, result) {
     result.violations.push(...(await violationsInBothSchemes(page)));
