@@ -18,7 +18,6 @@ from tests.support.fake_live import (
     beat,
     open_session,
     opened_session,
-    pass_time,
 )
 from tests.support.gateway import Gateway, MakeGateway
 from tests.support.key_search import CANARY
@@ -37,8 +36,8 @@ BODIES = {
 
 
 @pytest.fixture
-def live(fal: FakeFal) -> FakeLive:
-    return FakeLive(fal)
+def live(fal: FakeFal, monkeypatch: pytest.MonkeyPatch) -> FakeLive:
+    return FakeLive(fal, monkeypatch)
 
 
 async def post(
@@ -456,10 +455,10 @@ async def test_a_session_ends_after_its_maximum(make_gateway: MakeGateway, live:
     gateway = await make_gateway(live.fake.origin, live_max_seconds=60.0)
     session = await opened_session(gateway)
     assert await beat(gateway, session)
-    pass_time(gateway, 59.0)
+    live.clock.now += 59.0
     assert await beat(gateway, session)
     sent = len(live.calls)
-    pass_time(gateway, 2.0)
+    live.clock.now += 2.0
     for _ in range(3):
         assert not await beat(gateway, session)
     assert len(live.calls) == sent

@@ -1,9 +1,7 @@
 """Limits and costs of live video: a session counts until its heartbeats end."""
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable
-from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -22,7 +20,6 @@ from tests.support.fake_live import (
     beat,
     open_session,
     opened_session,
-    pass_time,
 )
 from tests.support.gateway import Gateway, MakeGateway
 from tests.support.limits import HOUR, LONG, open_reservations, running, spent, sweep_after
@@ -34,8 +31,8 @@ CENT = 10_000  # micro-USD
 
 
 @pytest.fixture
-def live(fal: FakeFal) -> FakeLive:
-    return FakeLive(fal, price=0.01)
+def live(fal: FakeFal, monkeypatch: pytest.MonkeyPatch) -> FakeLive:
+    return FakeLive(fal, monkeypatch, price=0.01)
 
 
 Open = Callable[..., Awaitable[Gateway]]
@@ -107,19 +104,19 @@ async def test_a_session_that_fal_ends_is_not_under_way(
     gateway = await make(concurrency=1, budget=(100 * CENT, LONG), **store_settings)
     session = await opened_session(gateway)
     await refused(await open_session(gateway), 429, "concurrency_limited")
-    pass_time(gateway, 58)
+    live.clock.now += 58
     assert await beat(gateway, session)
     assert await spent(app_of(gateway), ME) == (FIRST_SECONDS + NEXT_SECONDS) * CENT
     live.over.add(session)
     assert not await beat(gateway, session)
     assert await running(app_of(gateway), ME) == 0
-    assert await spent(app_of(gateway), ME) == pytest.approx(58 * CENT, abs=CENT)
+    assert await spent(app_of(gateway), ME) == 58 * CENT
 
 
-async def test_a_session_at_its_maximum_is_not_under_way(make: Open) -> None:
+async def test_a_session_at_its_maximum_is_not_under_way(make: Open, live: FakeLive) -> None:
     gateway = await make(concurrency=1, live_max_seconds=60.0)
     session = await opened_session(gateway)
-    pass_time(gateway, 61)
+    live.clock.now += 61
     assert not await beat(gateway, session)
     assert await running(app_of(gateway), ME) == 0
 
@@ -165,20 +162,20 @@ async def test_a_session_that_comes_back_late_counts_again(make: Open) -> None:
 # --- Budgets ---
 
 
-async def test_a_maximum_is_reserved_and_settled_to_the_length(make: Open) -> None:
+async def test_a_maximum_is_reserved_and_settled_to_the_length(make: Open, live: FakeLive) -> None:
     gateway = await make(budget=(100 * CENT, LONG), live_max_seconds=60.0)
     app = app_of(gateway)
     session = await opened_session(gateway)
     assert await spent(app, ME) == 60 * CENT
     await refused(await open_session(gateway), 402, "budget_exceeded")
-    pass_time(gateway, 20)
+    live.clock.now += 20
     assert await beat(gateway, session)
     assert await spent(app, ME) == 60 * CENT
-    pass_time(gateway, 38)  # to the last heartbeat before the maximum
+    live.clock.now += 38  # to the last heartbeat before the maximum
     assert await beat(gateway, session)
     assert await spent(app, ME) == 60 * CENT
     await sweep_after(app, SESSION_LEASE + 1)
-    assert await spent(app, ME) == pytest.approx(58 * CENT, abs=CENT)
+    assert await spent(app, ME) == 58 * CENT
 
 
 async def test_without_a_maximum_a_session_ends_with_the_budget(make: Open, live: FakeLive) -> None:
@@ -186,30 +183,30 @@ async def test_without_a_maximum_a_session_ends_with_the_budget(make: Open, live
     app = app_of(gateway)
     session = await opened_session(gateway)
     assert await spent(app, ME) == FIRST_SECONDS * CENT
-    pass_time(gateway, 50)
+    live.clock.now += 50
     assert await beat(gateway, session)
     assert await spent(app, ME) == FIRST_SECONDS * CENT
-    pass_time(gateway, 8)
+    live.clock.now += 8
     assert await beat(gateway, session)
     assert await spent(app, ME) == (FIRST_SECONDS + NEXT_SECONDS) * CENT
-    pass_time(gateway, 20)
+    live.clock.now += 20
     assert await beat(gateway, session)
     sent = len(live.calls)
-    pass_time(gateway, 10)  # 88 seconds: the next step does not fit into the budget
+    live.clock.now += 10  # 88 seconds: the next step does not fit into the budget
     assert not await beat(gateway, session)
     assert len(live.calls) == sent
-    assert await spent(app, ME) == pytest.approx(78 * CENT, abs=CENT)
+    assert await spent(app, ME) == 78 * CENT
     assert await open_reservations(app) == 0
 
 
-async def test_a_long_session_costs_its_length(make: Open) -> None:
+async def test_a_long_session_costs_its_length(make: Open, live: FakeLive) -> None:
     gateway = await make(budget=(1000 * CENT, LONG))
     session = await opened_session(gateway)
     for _ in range(30):
-        pass_time(gateway, 5)
+        live.clock.now += 5
         assert await beat(gateway, session)
     await sweep_after(app_of(gateway), SESSION_LEASE + 1)
-    assert await spent(app_of(gateway), ME) == pytest.approx(150 * CENT, abs=CENT)
+    assert await spent(app_of(gateway), ME) == 150 * CENT
 
 
 async def test_a_session_of_unknown_price_is_refused_under_a_budget(
@@ -225,7 +222,7 @@ async def test_a_price_can_be_set_for_sessions_of_unknown_price(make: Open, live
     live.price = None
     gateway = await make(budget=(100 * CENT, LONG), unknown_price=60 * CENT)
     session = await opened_session(gateway)
-    pass_time(gateway, 1000)
+    live.clock.now += 1000
     assert await beat(gateway, session)
     assert await spent(app_of(gateway), ME) == 60 * CENT
     await refused(await open_session(gateway), 402, "budget_exceeded")
@@ -248,12 +245,12 @@ async def test_a_session_may_not_cost_more_than_a_single_call(
     assert response.status == (402 if is_refused else 200)
 
 
-async def test_a_session_ends_at_the_maximum_cost(make: Open) -> None:
+async def test_a_session_ends_at_the_maximum_cost(make: Open, live: FakeLive) -> None:
     gateway = await make(max_cost=100 * CENT)
     session = await opened_session(gateway)
-    pass_time(gateway, 94)
+    live.clock.now += 94
     assert await beat(gateway, session)
-    pass_time(gateway, 2)
+    live.clock.now += 2
     assert not await beat(gateway, session)
 
 
@@ -286,26 +283,24 @@ async def test_the_ledger_has_sessions_with_their_length_and_cost(
 ) -> None:
     gateway = await make(access_keys=KEYS, live_max_seconds=60.0)
     await gateway.call(ICE, json={"app_id": DIRECTOR}, headers=[ANN])
-    started_at = time.monotonic()
     session = await opened_session(gateway, ANN)
     ice, opened = await records(gateway)
     assert (ice.operation, ice.endpoint, ice.principal, ice.settled) == ("ice", DIRECTOR, "ann", 0)
     assert (opened.operation, opened.endpoint, opened.status) == ("session", DIRECTOR, 200)
     assert (opened.request_id, opened.settled) == (session, None)
-    pass_time(gateway, 12)
+    live.clock.now += 12
     assert await beat(gateway, session, ANN)
     async with asyncio.timeout(10):  # the price is asked for in the background
         while (record := (await records(gateway))[1]).settled is None:
             await asyncio.sleep(0.01)
-    assert float(record.units or 0) == pytest.approx(12, abs=1)
-    assert record.settled == pytest.approx(12 * CENT, abs=CENT)
-    pass_time(gateway, 30)
+    assert record.units == 12
+    assert record.settled == 12 * CENT
+    live.clock.now += 30
     assert await beat(gateway, session, ANN)
     record = (await records(gateway))[1]
-    elapsed = time.monotonic() - started_at  # on a busy machine, seconds
-    assert 41 * CENT <= (record.settled or 0) <= (43 + elapsed) * CENT
+    assert (record.units, record.settled) == (42, 42 * CENT)
     live.over.add(session)
-    pass_time(gateway, 10)
+    live.clock.now += 10
     assert not await beat(gateway, session, ANN)
     assert len(await records(gateway)) == 2
     assert (await records(gateway))[1].settled == record.settled
@@ -317,11 +312,11 @@ async def test_a_session_that_was_opened_without_a_price_has_none(
     live.price = None
     gateway = await make()
     session = await opened_session(gateway)
-    pass_time(gateway, 12)
+    live.clock.now += 12
     assert await beat(gateway, session)
     (record,) = await records(gateway)
     assert record.settled is None
-    assert Decimal(11) < (record.units or 0) < Decimal(14)
+    assert record.units == 12
 
 
 async def test_a_refused_session_is_in_the_ledger_and_costs_nothing(
@@ -335,14 +330,14 @@ async def test_a_refused_session_is_in_the_ledger_and_costs_nothing(
     assert (refusal.operation, refusal.endpoint) == ("session", DIRECTOR)
 
 
-async def test_the_cost_of_sessions_is_in_the_metrics(make: Open) -> None:
+async def test_the_cost_of_sessions_is_in_the_metrics(make: Open, live: FakeLive) -> None:
     gateway = await make(budget=(1000 * CENT, LONG))
     session = await opened_session(gateway)
     for _ in range(3):
-        pass_time(gateway, 5)
+        live.clock.now += 5
         assert await beat(gateway, session)
     spent_by_endpoint = app_of(gateway)[METRICS]._spent
-    assert spent_by_endpoint[DIRECTOR] == pytest.approx(15 * CENT, abs=CENT)
+    assert spent_by_endpoint[DIRECTOR] == 15 * CENT
 
 
 async def test_the_estimate_is_in_the_response(make: Open) -> None:

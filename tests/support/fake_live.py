@@ -2,11 +2,15 @@
 
 import asyncio
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import pytest
 from aiohttp import ClientResponse, web
 
-from falproxy.app.pipeline import LIVE_STATE
+from falproxy.app import live_pipeline
+from falproxy.stores.live_sessions import LiveSessions
+from tests.support.fake_clock import FakeClock
 from tests.support.fake_fal import FakeFal, Seen
 from tests.support.gateway import Gateway
 
@@ -21,12 +25,15 @@ OFFER = {"app_id": DIRECTOR, "sdp": "v=0\r\no=- 1 2 IN IP4 0.0.0.0\r\n", "type":
 class FakeLive:
     """Numbers the sessions that it opens.
 
+    clock: of the proxy's sessions: no time passes for them but what a test lets pass.
     over: sessions whose heartbeats it responds to with `{"alive": false}`.
     delay: set to hold back the response to a session.
     price: USD for a unit; None for no price.
     """
 
     fake: FakeFal
+    monkeypatch: pytest.MonkeyPatch
+    clock: FakeClock = field(default_factory=lambda: FakeClock(1_800_000_000.0))
     opened: int = 0
     over: set[str] = field(default_factory=set)
     status: int = 200
@@ -36,6 +43,8 @@ class FakeLive:
 
     def __post_init__(self) -> None:
         self.fake.respond = self.respond
+        sessions = partial(LiveSessions, clock=self.clock)
+        self.monkeypatch.setattr(live_pipeline, "LiveSessions", sessions)
 
     async def respond(self, request: web.Request) -> web.StreamResponse:
         if request.host == "api.fal.ai":
@@ -96,10 +105,3 @@ async def beat(gateway: Gateway, session: str, *headers: tuple[str, str]) -> boo
     response = await gateway.call(HEARTBEAT, json={"session_id": session}, headers=headers)
     assert response.status == 200, await response.text()
     return bool((await response.json())["alive"])
-
-
-def pass_time(gateway: Gateway, seconds: float) -> None:
-    """Let seconds pass for the sessions that are open."""
-    sessions: Any = gateway.client.server.app[LIVE_STATE].sessions  # type: ignore[attr-defined]
-    clock = sessions.clock
-    sessions.clock = lambda: clock() + seconds
