@@ -30,6 +30,7 @@ from tests.support.fake_fal import FakeFal
 from tests.support.key_search import CANARY
 from tests.support.settings import make_settings
 from tests.support.urls import PROXY, RUN
+from tests.support.waiting import SOON, wait_until
 
 HEALTH = http_scope("GET", "/health", LOCAL)
 QUEUED = {
@@ -158,9 +159,7 @@ async def test_a_stop_waits_for_the_running_call(settings: falproxy.Settings, fa
     app = falproxy.asgi(settings)
     async with app:
         call = AsgiCall(app, http_scope("GET", headers=LOCAL))
-        async with asyncio.timeout(10):
-            while not fal.seen:
-                await asyncio.sleep(0.01)
+        await wait_until(lambda: fal.seen)
         asyncio.get_running_loop().call_later(0.2, go_on.set)
     await call.finish()
     assert (call.status, call.body) == (200, b'{"done": true}')
@@ -350,7 +349,7 @@ async def test_http_2_works_with_hypercorn(settings: falproxy.Settings, fal: Fak
         connection.send_data(5, b"{}", end_stream=True)
         statuses: dict[int, bytes] = {}
         open_streams = {*heads}
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(SOON):
             while open_streams:
                 writer.write(connection.data_to_send())
                 for event in connection.receive_data(await reader.read(2**16)):

@@ -23,6 +23,7 @@ from tests.support.cli_process import (
 from tests.support.fake_fal import FakeFal
 from tests.support.key_search import CANARY, LEAKS
 from tests.support.urls import PROXY, RUN
+from tests.support.waiting import SOON
 
 pytestmark = pytest.mark.slow
 
@@ -172,7 +173,7 @@ async def test_running_calls_finish_at_shutdown(
 
 
 async def until_refused(origin: str) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(SOON):
         while True:
             try:
                 async with ClientSession() as session:

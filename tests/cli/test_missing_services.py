@@ -14,6 +14,7 @@ from tests.support.key_search import CANARY
 from tests.support.ports import free_port
 from tests.support.postgres_server import PostgresServer
 from tests.support.redis_server import RedisServer
+from tests.support.waiting import SOON
 
 pytestmark = pytest.mark.slow(seconds=3)
 
@@ -114,10 +115,10 @@ async def test_the_proxy_starts_without_a_service_and_uses_it_later(
         ) as proxy,
         ClientSession() as session,
     ):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(SOON):
             while (await dependencies(session, proxy))[missing.name] != "down":
                 await asyncio.sleep(0.05)
-        async with missing.start(), asyncio.timeout(20):
+        async with missing.start(), asyncio.timeout(SOON):
             while (await dependencies(session, proxy))[missing.name] != "up":
                 await asyncio.sleep(0.05)
             warnings = [

@@ -35,6 +35,7 @@ from falproxy.stores.ledger.statements import LEDGER_SCHEMA
 from falproxy.stores.ledger.writer import LedgerWriter
 from tests.support.ledger_processes import LedgerProcesses
 from tests.support.ledger_schema import UNDO_CALL_TIMES
+from tests.support.waiting import SOON
 
 LEASE_SECONDS = 0.2
 ANN = Lease("ann", 30.0)
@@ -417,7 +418,7 @@ async def test_a_writer_deletes_records_older_than_the_retention(
     writer = LedgerWriter(other, retention)
     await writer.open()
     writer.enqueue(record(now))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(SOON):
         while (await grand_total(ledger)).calls != stored + 1:
             await asyncio.sleep(0.01)
     await writer.close(5)

@@ -22,6 +22,7 @@ from falproxy.stores.ledger.schema import Schema
 from falproxy.stores.ledger.statements import LEDGER_SCHEMA
 from tests.support.ledger_processes import LedgerProcesses
 from tests.support.ledger_schema import UNDO_CALL_TIMES
+from tests.support.waiting import wait_until
 
 HOUR, DAY = 3600.0, 86400.0
 START = 1_800_000_000.0 // DAY * DAY
@@ -195,9 +196,7 @@ async def test_operations_do_not_wait_for_a_long_migration(
             with pytest.raises(LedgerError):
                 await second.probe()
         may_end.set()
-        async with asyncio.timeout(5):
-            while len(slow._migrations):
-                await asyncio.sleep(0.01)
+        await wait_until(lambda: not len(slow._migrations))
         assert await execute(second, "SELECT version FROM falproxy_ledger") == [
             (len(LEDGER_SCHEMA.migrations),)
         ]

@@ -11,6 +11,7 @@ from falproxy.stores.ledger.writer import LedgerWriter
 from tests.support.ledger_processes import LedgerProcesses
 from tests.support.ledger_schema import UNDO_STORED_SECONDS
 from tests.support.virtual_time import run_in_virtual_time
+from tests.support.waiting import SOON
 
 NOON = 1_800_000_000.0
 HOUR = 3600.0
@@ -118,7 +119,7 @@ async def test_a_process_is_recorded_once_however_often_its_application_is_creat
     for _ in range(2):
         writer = LedgerWriter(await ledger_processes.store(), start=start)
         await writer.open()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(SOON):
             while not await read_starts(ledger, start.at - 1, start.at + 1):
                 await asyncio.sleep(0.01)
         await writer.close(5.0)

@@ -18,8 +18,8 @@ from tests.support.sandbox_proxy import (
     SandboxProxy,
     data_uri,
     open_sandbox_proxy,
-    until,
 )
+from tests.support.waiting import wait_until
 
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
 REPLAYED, COST = "Idempotency-Replayed", "x-falproxy-cost"
@@ -113,7 +113,7 @@ async def test_a_client_that_left_gets_the_result_of_its_job(
     proxy: SandboxProxy, path: str
 ) -> None:
     first = asyncio.ensure_future(post(proxy, path, slow(path)))
-    await until(lambda: proxy.submits)
+    await wait_until(lambda: proxy.submits)
     await asyncio.sleep(0.05)
     first.cancel()
     await asyncio.wait([first])

@@ -19,8 +19,8 @@ from tests.support.sandbox_proxy import (
     SandboxProxy,
     data_uri,
     open_sandbox_proxy,
-    until,
 )
+from tests.support.waiting import SOON, wait_until
 
 ME = "principal:address:127.0.0.1"
 ENDLESS, QUICK = "!delay 60 a heron", "!delay 0 a heron"
@@ -133,9 +133,9 @@ async def test_concurrency_is_exact(open_proxy: Open, dialect: Dialect) -> None:
             asyncio.ensure_future(dialect.call(proxy, f"{ENDLESS} {number}")) for number in range(5)
         ]
         if dialect.ok == 200:
-            await until(lambda: sum(call.done() for call in calls) == 3)
+            await wait_until(lambda: sum(call.done() for call in calls) == 3)
         else:
-            await until(lambda: all(call.done() for call in calls))
+            await wait_until(lambda: all(call.done() for call in calls))
         replies = [call.result() for call in calls if call.done()]
         refused = [reply for reply in replies if reply.status == dialect.codes[1][0]]
         assert len(refused) == 3
@@ -185,7 +185,7 @@ async def test_jobs_of_generate_are_settled_in_the_background(open_proxy: Open) 
         assert reply.status == 202
         await proxy.wait_finished(reply.document["jobId"])
 
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(SOON):
             while await running(proxy.app, ME):
                 await asyncio.sleep(0.01)
         assert await open_reservations(proxy.app) == 0
@@ -305,6 +305,6 @@ async def test_a_cancel_in_the_queue_gives_the_money_back(open_proxy: Open) -> N
         target = f"https://queue.fal.run/{APP}/requests/{reply.document['request_id']}/cancel"
         assert (await proxy.call_target(target, method="PUT")).status == 202
         assert (await proxy.call_target(SUBMIT, {"prompt": ENDLESS})).status in (402, 429)
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(SOON):
             while (await proxy.call_target(SUBMIT, {"prompt": ENDLESS})).status != 200:
                 await asyncio.sleep(0.1)

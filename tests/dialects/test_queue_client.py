@@ -22,7 +22,7 @@ from falproxy.proxy.forward import forward
 from falproxy.proxy.upstream import connect_upstream
 from tests.support.fake_fal import FakeFal, WireFal, read_head
 from tests.support.key_search import CANARY
-from tests.support.sandbox_proxy import until
+from tests.support.waiting import wait_until
 
 RESULT = {"images": [{"url": "https://a.example/b.png"}]}
 
@@ -102,7 +102,7 @@ class BlockingServer:
     async def disconnect_when(self, condition: Callable[[], object], **params: Any) -> None:
         """Send a request, and disconnect as soon as the condition holds."""
         posting = asyncio.ensure_future(self.post(**params))
-        await until(condition)
+        await wait_until(condition)
         posting.cancel()
         await asyncio.gather(posting, return_exceptions=True)
 
@@ -251,7 +251,7 @@ class TestSubmits:
         origin = f"http://127.0.0.1:{unused_tcp_port}"
         async with open_server(origin, wait=wait_fixed(0.3)) as server:
             posting = asyncio.ensure_future(server.post())
-            await until(lambda: "No response from queue.fal.run" in caplog.text)
+            await wait_until(lambda: "No response from queue.fal.run" in caplog.text)
             relay_server = await asyncio.start_server(relay, "127.0.0.1", unused_tcp_port)
             assert await posting == (200, [[200, "1"]])
             relay_server.close()
@@ -269,7 +269,7 @@ class TestSubmits:
         fal.respond = second_fails
         async with open_server(fal.origin) as server:
             assert await server.post(3) == (200, [[403, None]])
-            await until(lambda: queue.count("cancel"))
+            await wait_until(lambda: queue.count("cancel"))
         assert queue.steps == ["submit", "submit", "cancel 1"]
 
 
@@ -314,7 +314,7 @@ class TestJobs:
         queue.result = 422, {"detail": []}
         async with open_server(fal.origin) as server:
             assert await server.post(3) == (200, [[422, "1"]])
-            await until(lambda: queue.count("cancel") == 2)
+            await wait_until(lambda: queue.count("cancel") == 2)
         assert queue.steps[-2:] == ["cancel 2", "cancel 3"]
 
     async def test_that_take_too_long_are_cancelled(self, fal: FakeFal, queue: FakeQueue) -> None:
@@ -323,7 +323,7 @@ class TestJobs:
             status, document = await server.post(2)
             assert (status, document["error"]["code"]) == (504, "upstream_timeout")
             assert document["error"]["message"] == "fal.ai timed out after 0.2 s."
-            await until(lambda: queue.count("cancel") == 2)
+            await wait_until(lambda: queue.count("cancel") == 2)
 
     async def test_that_are_shared_go_on(self, fal: FakeFal, queue: FakeQueue) -> None:
         queue.polls = 1000
@@ -340,7 +340,7 @@ class TestDisconnectedClients:
         queue.polls = 1000
         async with open_server(fal.origin, depth=depth) as server:
             await server.disconnect_when(lambda: queue.count("status"), count=2)
-            await until(lambda: queue.count("cancel") == 2)
+            await wait_until(lambda: queue.count("cancel") == 2)
 
     async def test_have_a_job_cancelled_whose_submit_is_in_progress(
         self, fal: FakeFal, queue: FakeQueue, depth: int
@@ -351,7 +351,7 @@ class TestDisconnectedClients:
             await server.disconnected.wait()
             assert queue.steps == ["submit"]
             queue.accepts.set()
-            await until(lambda: queue.steps == ["submit", "cancel 1"])
+            await wait_until(lambda: queue.steps == ["submit", "cancel 1"])
 
     async def test_do_not_end_shared_jobs(self, fal: FakeFal, queue: FakeQueue, depth: int) -> None:
         queue.polls = 1000
@@ -384,4 +384,4 @@ async def test_a_job_is_polled_on_after_the_response(
     async with open_server(fal.origin, work=work, depth=depth) as server:
         assert await server.post() == (200, "1")
         assert statuses == []
-        await until(lambda: statuses == [200])
+        await wait_until(lambda: statuses == [200])

@@ -17,7 +17,8 @@ from tests.support.fal_client_world import (
     photo,
     scenario_runner,
 )
-from tests.support.js_world import KONTEXT, Play, until
+from tests.support.js_world import KONTEXT, Play
+from tests.support.waiting import wait_until
 
 EDIT = {"prompt": "make it winter", "seed": 21}
 SLOW = {"prompt": "!delay 1.2 make it winter", "seed": 21}
@@ -278,7 +279,7 @@ class TestASharedJob:
         newest = scenario_runner(both[1], "async", world.gateway)
         async with asyncio.TaskGroup() as group:
             in_js = group.create_task(play_js("editSlowly"))
-            await until(lambda: bool(proxied_targets(world, "https://queue.fal.run/")))
+            await wait_until(lambda: bool(proxied_targets(world, "https://queue.fal.run/")))
             cancelling = group.create_task(oldest("edit_by_submit", is_cancelled=True, **inputs))
             waiting = group.create_task(newest("edit_by_submit", is_cancelled=False, **inputs))
         edit, left, kept = in_js.result(), cancelling.result(), waiting.result()
@@ -323,7 +324,7 @@ class TestAnAbortedCall:
         newest = scenario_runner(both[1], "async", world.gateway)
         async with asyncio.TaskGroup() as group:
             in_js = group.create_task(play_js("abortAndEditAgain"))
-            await until(lambda: bool(proxied_targets(world, "https://fal.run/")))
+            await wait_until(lambda: bool(proxied_targets(world, "https://fal.run/")))
             submits = [
                 group.create_task(play("edit_by_submit", is_cancelled=False, **inputs))
                 for play in (oldest, newest)

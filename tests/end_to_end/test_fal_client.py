@@ -28,9 +28,10 @@ from tests.support.fal_client_world import (
     photo,
     scenario_runner,
 )
-from tests.support.js_world import DEV, KONTEXT, until
+from tests.support.js_world import DEV, KONTEXT
 from tests.support.key_search import CANARY
 from tests.support.urls import PROXY
+from tests.support.waiting import wait_until
 
 ACCESS_KEY = "the-key-of-a-friend"
 
@@ -286,7 +287,7 @@ class TestErrors:
         options = {"timeout": 0.5, "start_timeout": 30}
         error = await run_scenario("run_error", prompt="!delay 5 a slow train", options=options)
         assert error["name"] == "ReadTimeout"
-        await until(lambda: [seen.status for seen in world.sandbox.seen] == [499])
+        await wait_until(lambda: [seen.status for seen in world.sandbox.seen] == [499])
         assert world.sandbox.jobs == 0
 
     @pytest.mark.timed

@@ -13,10 +13,11 @@ from aiohttp import ClientSession
 from aiohttp.pytest_plugin import AiohttpServer
 
 from falproxy.stores.cache.virtual_requests import is_virtual_id
-from tests.support.cache_processes import Fal, open_client, open_fal, serving, until
+from tests.support.cache_processes import Fal, open_client, open_fal, serving
 from tests.support.cli_process import CliProcess
 from tests.support.key_search import CANARY
 from tests.support.sandbox_proxy import ASYNC, GENERATE, select_rows
+from tests.support.waiting import wait_until
 
 JOB_SECONDS = 1.5  # duration of a job: longer than the start of a process
 SLOW = f"!delay {JOB_SECONDS} a heron at dawn"
@@ -108,7 +109,7 @@ async def test_a_job_of_a_dead_process_is_taken_over_without_a_request_for_it(
     async with serving(**env) as second:
         async with client.get(f"{second.origin}/api/images/jobs/unknown") as response:
             assert response.status == 404
-        await until(lambda: job_rows(tmp_path)[0]["status"] == "completed")
+        await wait_until(lambda: job_rows(tmp_path)[0]["status"] == "completed")
     (row,) = job_rows(tmp_path)
     assert (row["id"], row["settled"]) == (job["jobId"], 25_000)
     assert (submits(fal), fal.sandbox.jobs) == (1, 1)
@@ -151,7 +152,7 @@ async def test_a_job_with_a_cached_result_survives_as_well(
     async with serving(**env) as first:
         _, bought = await generate(client, first, TEXT, prompt="a heron", seed=1)
         assert (await wait_finished(client, first, bought["jobId"]))["cost"] == 0.04
-        await until(lambda: fal.delivered.is_set())
+        await wait_until(lambda: fal.delivered.is_set())
         _, kept = await generate(client, first, TEXT, prompt="a heron", seed=1)
         await first.stop(signal.SIGKILL)
     async with serving(**env) as second:

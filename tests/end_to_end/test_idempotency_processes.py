@@ -15,11 +15,12 @@ import pytest
 from aiohttp import ClientError, ClientSession
 from aiohttp.pytest_plugin import AiohttpServer
 
-from tests.support.cache_processes import Fal, folder, open_client, open_fal, serving, until
+from tests.support.cache_processes import Fal, folder, open_client, open_fal, serving
 from tests.support.cli_process import CliProcess
 from tests.support.key_search import CANARY
 from tests.support.redis_server import RedisServer, redis_server
 from tests.support.urls import PROXY
+from tests.support.waiting import wait_until
 
 MODEL = "fal-ai/flux-pro/kontext/text-to-image"
 RUN, SUBMIT = f"https://fal.run/{MODEL}", f"https://queue.fal.run/{MODEL}"
@@ -113,7 +114,7 @@ async def test_a_kill_before_the_outcome_is_known_is_an_unknown_outcome(
     prompt = key = str(uuid4())
     world.fal.may_respond.clear()
     first = asyncio.ensure_future(world.post(0, target, prompt, key))
-    await until(lambda: world.fal.posts == 1)
+    await wait_until(lambda: world.fal.posts == 1)
     others = [asyncio.ensure_future(world.post(1, target, prompt, key)) for _ in range(4)]
     await world.kill_first()
     assert await first is None

@@ -9,7 +9,8 @@ import pytest
 from falproxy.sandbox.live_media import Color, background
 from tests.support.chromium import Chromium, chromium_player
 from tests.support.fake_live import DIRECTOR
-from tests.support.js_world import JS, Play, World, need, open_world, until
+from tests.support.js_world import JS, Play, World, need, open_world
+from tests.support.waiting import wait_until
 
 pytest.importorskip("aiortc", reason="not installed: falproxy[live]")
 
@@ -49,7 +50,7 @@ async def test_the_frames_of_the_runner_arrive(world: World, play: Play, endpoin
     assert live.count("/session") == 1
     # The page closes, and the session ends without heartbeats.
     world.sandbox.live.timeout = 0.1
-    await until(lambda: not world.sandbox.live.open)
+    await wait_until(lambda: not world.sandbox.live.open)
     assert world.sandbox.jobs_by_endpoint == {endpoint: 1}
     fallback = [call.path for call in world.sandbox.seen if call.host == "fal.run"]
     assert fallback == ([f"/{WORLD}/ice"] if endpoint == WORLD else [])
@@ -65,7 +66,7 @@ async def test_a_prompt_changes_the_video(play: Play) -> None:
 async def test_the_page_reports_the_end_of_a_session(world: World, play: Play) -> None:
     async with asyncio.TaskGroup() as group:
         playing = group.create_task(play("live.waitForEnd", endpoint=DIRECTOR))
-        await until(lambda: bool(world.sandbox.live.open))
+        await wait_until(lambda: bool(world.sandbox.live.open))
         await world.sandbox.live.close()
     ended = {"phase": "ended", "headline": "The session has ended.", "button": "Start"}
     assert playing.result() == ended

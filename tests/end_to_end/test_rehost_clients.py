@@ -30,10 +30,11 @@ from tests.support.fal_client_world import (
     photo,
     scenario_runner,
 )
-from tests.support.js_world import DEV, KONTEXT, Play, origin_of, until
+from tests.support.js_world import DEV, KONTEXT, Play, origin_of
 from tests.support.key_search import CANARY
 from tests.support.settings import make_settings
 from tests.support.storages import files_in
+from tests.support.waiting import wait_until
 
 SCHNELL = "fal-ai/flux/schnell"
 FROM_WORDS = f"{KONTEXT}/text-to-image"  # its results are reused
@@ -385,7 +386,7 @@ class TestWhileSupabaseIsAway:
         made = await play("make_by_queue", endpoint=FROM_WORDS, **HERON)
         assert urls_of(made["data"])[0].startswith(world.fal)
         # It may be tried still when the result is given out.
-        await until(lambda: "An output was not stored" in caplog.text)
+        await wait_until(lambda: "An output was not stored" in caplog.text)
         await fake.start()
         again = await play("make_by_queue", endpoint=FROM_WORDS, **HERON)
         await world.check_stored(again["data"])
@@ -435,7 +436,7 @@ class TestTheStrictPolicy:
         play = in_node(play_js, world)
         async with asyncio.TaskGroup() as group:
             playing = group.create_task(play("make_by_queue", endpoint=DEV, **HERON))
-            await until(lambda: 502 in world.statuses)
+            await wait_until(lambda: 502 in world.statuses)
             await fake.start()
         await world.check_stored(playing.result()["data"])
         assert world.sandbox.jobs == 1
@@ -447,7 +448,7 @@ class TestTheStrictPolicy:
         play = in_node(play_js, world)
         async with asyncio.TaskGroup() as group:
             playing = group.create_task(play("make_by_run", endpoint=FROM_WORDS, **HERON))
-            await until(lambda: 502 in world.statuses)
+            await wait_until(lambda: 502 in world.statuses)
             await fake.start()
         await world.check_stored(playing.result())
         assert world.sandbox.jobs == 1

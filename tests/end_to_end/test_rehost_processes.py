@@ -28,7 +28,7 @@ from multidict import CIMultiDictProxy
 from falproxy.middleware.rehost import REHOST_HEADER
 from falproxy.stores.files.disk import INCOMING, LOCK
 from falproxy.stores.files.rehosting import SIZE_MAX
-from tests.support.cache_processes import serving, until
+from tests.support.cache_processes import serving
 from tests.support.cli_process import CliProcess, run_command
 from tests.support.fake_fal import FakeFal
 from tests.support.fake_supabase import FakeSupabase
@@ -49,6 +49,7 @@ from tests.support.gateway import MakeGateway
 from tests.support.key_search import CANARY, leak_trace
 from tests.support.rehost_process import MP4, PNG, fal_apart, name_of, result_url
 from tests.support.urls import PROXY
+from tests.support.waiting import wait_until
 
 BUCKET = "fal_images"
 # Rounds of a process that is killed at some moment, for each storage.
@@ -286,7 +287,7 @@ async def another_downloading(world: World) -> AsyncIterator[Reach]:
 
     async def reach() -> None:
         await gate.reached.wait()
-        await until(lambda: len(world.kept()) == 1)
+        await wait_until(lambda: len(world.kept()) == 1)
 
     with world.source.gate("image") as gate:
         yield reach
@@ -295,7 +296,7 @@ async def another_downloading(world: World) -> AsyncIterator[Reach]:
 @asynccontextmanager
 async def before_it_writes(world: World) -> AsyncIterator[Reach]:
     async def reach() -> None:
-        await until((world.files / INCOMING).exists)
+        await wait_until((world.files / INCOMING).exists)
 
     with lock(world):
         yield reach
@@ -321,7 +322,7 @@ async def before_it_has_a_name(world: World) -> AsyncIterator[Reach]:
         async def reach() -> None:
             await first_bytes(world)
             held.take()
-            await until(lambda: incoming(world) == [len(LONG_VIDEO)])
+            await wait_until(lambda: incoming(world) == [len(LONG_VIDEO)])
             assert world.kept() == {}
 
         yield reach
@@ -550,7 +551,7 @@ async def test_a_stop_waits_for_a_file_whose_client_has_disconnected(
 
 
 async def until_stopping(world: World) -> None:
-    await until(lambda: any("Stopping" in str(line["message"]) for line in world.proxy.log))
+    await wait_until(lambda: any("Stopping" in str(line["message"]) for line in world.proxy.log))
 
 
 HANGING = (

@@ -19,8 +19,9 @@ from tests.support.chromium import Chromium
 from tests.support.js_world import JS, need
 from tests.support.key_search import CANARY
 from tests.support.offline_fal import png
-from tests.support.sandbox_proxy import SandboxProxy, data_uri, open_sandbox_proxy, until
+from tests.support.sandbox_proxy import SandboxProxy, data_uri, open_sandbox_proxy
 from tests.support.videos import HERON, KLING_I2V, KLING_T2V, SLOW, VIDEOS
+from tests.support.waiting import wait_until
 
 KEY = "s3cret"
 
@@ -83,7 +84,7 @@ async def test_a_video_plays_in_chromium(chromium: Chromium, tmp_path: Path, reh
     """From the proxy's storage, and relayed from its host."""
     async with open_sandbox_proxy(tmp_path, rehost=rehost) as proxy:
         created = await proxy.request("POST", VIDEOS, json={"prompt": HERON})
-        await until(lambda: proxy.jobs()[0]["status"] == "completed")
+        await wait_until(lambda: proxy.jobs()[0]["status"] == "completed")
         url = f"{proxy.origin}{VIDEOS}/{created.document['id']}/content"
         played = await chromium.play(
             scenario="media.play", url=url, kind="video", **{"from": f"{proxy.origin}/health/live"}

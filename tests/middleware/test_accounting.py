@@ -24,9 +24,9 @@ from tests.support.sandbox_proxy import (
     data_uri,
     open_sandbox_proxy,
     select_rows,
-    until,
 )
 from tests.support.urls import PROXY
+from tests.support.waiting import wait_until
 
 DEV, SCHNELL = "fal-ai/flux/dev", "fal-ai/flux/schnell"
 KONTEXT, TEXT = "fal-ai/flux-pro/kontext", "fal-ai/flux-pro/kontext/text-to-image"
@@ -408,10 +408,10 @@ class TestErrors:
         fal.respond = never_respond
         async with open_sandbox_proxy(tmp_path, upstream_origin=fal.origin) as proxy:
             call = asyncio.ensure_future(proxy.call_target(f"https://fal.run/{DEV}", DRAW))
-            await until(lambda: fal.seen)
+            await wait_until(lambda: fal.seen)
             call.cancel()
             await asyncio.gather(call, return_exceptions=True)
-            await until(lambda: proxy.app[LEDGER_WRITER].pending_rows)
+            await wait_until(lambda: proxy.app[LEDGER_WRITER].pending_rows)
             record = await single_record(proxy)
         assert (record.status, record.error, record.settled) == (499, "client_left", None)
 
@@ -430,10 +430,10 @@ async def test_a_call_that_continues_without_its_client_is_settled(
     fal.respond = respond
     async with open_sandbox_proxy(tmp_path, upstream_origin=fal.origin) as proxy:
         call = asyncio.ensure_future(proxy.call_target(f"https://fal.run/{TEXT}", DRAW))
-        await until(lambda: fal.seen)
+        await wait_until(lambda: fal.seen)
         call.cancel()
         await asyncio.gather(call, return_exceptions=True)
-        await until(lambda: proxy.app[LEDGER_WRITER].pending_rows)
+        await wait_until(lambda: proxy.app[LEDGER_WRITER].pending_rows)
         released.set()
         # This call gets the result of the same job, or its cached copy.
         assert (await proxy.call_target(f"https://fal.run/{TEXT}", DRAW)).status == 200
@@ -487,7 +487,7 @@ async def test_no_inputs_keys_or_headers_are_in_the_ledger(tmp_path: Path) -> No
         records = await proxy.records()
         assert len(records) >= 15
         assert {record.principal for record in records} == {"ann"}
-        await until(lambda: all(job["finished_at"] for job in proxy.jobs()))
+        await wait_until(lambda: all(job["finished_at"] for job in proxy.jobs()))
         assert len(proxy.jobs()) == 7
     files = {path.name: path.read_bytes() for path in tmp_path.glob("ledger.sqlite*")}
     assert b"fal-ai/flux-pro/kontext" in files["ledger.sqlite"]

@@ -51,13 +51,13 @@ from tests.support.fake_queue import (
     upload_to,
     uuid_version,
     wait_result,
-    wait_until,
     wait_until_cached,
 )
 from tests.support.gateway import Gateway, MakeGateway
 from tests.support.key_search import CANARY
 from tests.support.offline_fal import offline_fal, png
 from tests.support.urls import PROXY
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("fal_outlives_the_proxy")
 

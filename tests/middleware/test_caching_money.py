@@ -19,9 +19,9 @@ from tests.support.fake_queue import (
     submit,
     submitted_id,
     uuid_version,
-    wait_until,
 )
 from tests.support.gateway import Gateway, MakeGateway
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("fal_outlives_the_proxy")
 
@@ -84,9 +84,7 @@ async def test_a_lost_job_does_not_block_new_calls(
         await store.record_job(key, "dead", FalJob("lost", APP))
     queue.fake.respond = respond_without_job
     calling = asyncio.ensure_future(run(await make_gateway(queue.fake.origin)))
-    async with asyncio.timeout(20):
-        while queue.posts < 2:
-            await asyncio.sleep(0.05)
+    await wait_until(lambda: queue.posts >= 2)
     queue.release()
     assert (await calling).status == 200
 

@@ -20,11 +20,11 @@ from tests.support.fake_queue import (
     request_about,
     send,
     submitted_id,
-    wait_until,
 )
 from tests.support.gateway import Gateway, MakeGateway
 from tests.support.redis_server import redis_server
 from tests.support.usage import now
+from tests.support.waiting import SOON, wait_until
 
 pytestmark = pytest.mark.usefixtures("fal_outlives_the_proxy")
 
@@ -536,7 +536,7 @@ async def test_without_the_store_a_call_with_a_key_is_refused(
 
 
 async def wait_for_store(gateway: Gateway) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(SOON):
         while (await keyed(gateway, RUN, "again")).status != 200:
             await asyncio.sleep(0.05)
 
@@ -559,7 +559,7 @@ async def test_an_outcome_is_recorded_when_the_store_is_back(
         assert first.status == 200
         assert is_replayed(await keyed(gateway, target)), "from the memory of this process"
         server.thaw()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(SOON):
             while (repeated := await keyed(other, target)).status == 503:
                 await asyncio.sleep(0.05)
         assert await repeated.read() == await first.read()
@@ -601,7 +601,7 @@ async def test_a_replayed_call_is_free_in_the_ledger(plain: Gateway, queue: Fake
         }
         return (await (await plain.client.get("/api/usage", **options)).json())["totals"]
 
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(SOON):
         while (last := await totals())["calls"] < 3:
             await asyncio.sleep(0.05)
     assert (last["calls"], last["hits"], last["errors"]) == (3, 0, 0)

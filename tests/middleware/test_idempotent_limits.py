@@ -11,9 +11,10 @@ from aiohttp import ClientResponse, web
 from falproxy.middleware.limiter import LIMITER
 from falproxy.stores.limits import LimitsError
 from tests.support.fake_fal import FakeFal
-from tests.support.fake_queue import CAT, DOG, RUN, SUBMIT, FakeQueue, send, wait_until
+from tests.support.fake_queue import CAT, DOG, RUN, SUBMIT, FakeQueue, send
 from tests.support.gateway import Gateway, MakeGateway
 from tests.support.limits import HOUR, LONG, running, spent
+from tests.support.waiting import wait_until
 
 ME, COST = "principal:address:127.0.0.1", 40_000
 COST_HEADER, REPLAYED = "x-falproxy-cost", "Idempotency-Replayed"

@@ -17,6 +17,7 @@ from tests.support.gateway import Gateway, MakeGateway
 from tests.support.jwks_issuer import EC, OTHER_EC, RSA, Issuer, claims, signed
 from tests.support.polling_client import PollingClient, poll_request
 from tests.support.urls import RUN, SUBMIT
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.takes(seconds=1)
 
@@ -61,12 +62,6 @@ async def poll_of(gateway: Gateway, token: str) -> bytes:
     response = await gateway.call(SUBMIT, json={}, headers=[("Authorization", header)])
     assert response.status == 200
     return poll_request((await response.json())["request_id"], f"Authorization: {header}")
-
-
-async def until(is_true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not is_true():
-            await asyncio.sleep(0.01)
 
 
 # Removed keys, on the fast path and on the normal path
@@ -215,7 +210,7 @@ async def test_the_reads_end_when_no_token_is_used(
     monkeypatch.setattr(jwks, "IDLE_SECONDS", 0.5)
     token = of_ec()
     assert await call_status(gateway, token) == 200
-    await until(lambda: issuer.fetched == 2)
+    await wait_until(lambda: issuer.fetched == 2)
     await asyncio.sleep(1.0)
     fetched = issuer.fetched
     await asyncio.sleep(0.7)

@@ -19,7 +19,6 @@ from tests.support.fake_queue import (
     FakeQueue,
     image_result,
     submitted_id,
-    wait_until,
     wait_until_cached,
 )
 from tests.support.fake_queue import RUN as CACHED_RUN
@@ -37,6 +36,7 @@ from tests.support.limits import (
     spent,
     sweep_after,
 )
+from tests.support.waiting import SOON, wait_until
 
 ME = "principal:address:127.0.0.1"
 KEYS = (("ann", "s3cret-ann"), ("bob", "s3cret-bob"))
@@ -251,7 +251,7 @@ async def test_a_stream_is_under_way_until_its_end(make: Open, fal: FakeFal) -> 
 
 
 async def until_none_runs(gateway: Gateway) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(SOON):
         while await running(app_of(gateway), ME):
             await asyncio.sleep(0.01)
 
@@ -545,7 +545,7 @@ async def test_equal_calls_at_once_cost_one(make: Open, queue: FakeQueue, target
     await wait_until(lambda: queue.paid == 1)
     queue.release()
     assert [(await call).status for call in calls] == [200] * 6
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(SOON):
         while await running(app_of(gateway), ME):
             await asyncio.sleep(0.01)
     assert await spent(app_of(gateway), ME) == CACHED_PRICE
@@ -578,7 +578,7 @@ async def test_a_shared_job_without_readers_is_settled(make: Open, queue: FakeQu
     gateway = await make(budget=(9 * CACHED_PRICE, LONG))
     await post(gateway, CACHED_SUBMIT)
     await wait_until_cached(gateway)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(SOON):
         while await spent(app_of(gateway), ME) != CACHED_PRICE // 2:
             await asyncio.sleep(0.01)
 
@@ -736,7 +736,7 @@ async def test_without_the_store_budgets_refuse_and_rates_pass(
         assert int(response.headers["Retry-After"]) > 0
     assert queue.posts == 0
     (tmp_path / "limits.sqlite").rmdir()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(SOON):
         while (await post(gateway, SUBMIT)).status == 503:
             await asyncio.sleep(0.05)
     assert queue.posts == 1

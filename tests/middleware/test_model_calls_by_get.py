@@ -16,8 +16,8 @@ from tests.support.fake_fal import FakeFal, WireFal, read_head
 from tests.support.fake_hosts import reply
 from tests.support.gateway import SHARED, Gateway, MakeGateway
 from tests.support.image_hosts import KONTEXT, NOT_AN_IMAGE, PNG, open_internet, uri
-from tests.support.sandbox_proxy import until
 from tests.support.urls import PROXY, REQUEST, RUN, SUBMIT
+from tests.support.waiting import wait_until
 
 ANN, BOB = {"x-falproxy-key": "ann-s3cret-of-ann"}, {"x-falproxy-key": "bob-s3cret-of-bob"}
 KEYS = (("ann", ANN["x-falproxy-key"]), ("bob", BOB["x-falproxy-key"]))
@@ -38,7 +38,7 @@ async def gateway(make_gateway: MakeGateway, fal: FakeFal) -> Gateway:
 
 async def records(gateway: Gateway) -> list[CallRecord]:
     writer = gateway.client.app[LEDGER_WRITER]
-    await until(lambda: not writer.pending_rows)
+    await wait_until(lambda: not writer.pending_rows)
     return await writer.ledger.latest(UsageQuery())
 
 

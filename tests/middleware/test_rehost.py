@@ -51,11 +51,11 @@ from tests.support.rehosting import (
     name_of,
     open_fal_cdn,
     png,
-    until,
 )
 from tests.support.settings import make_settings
 from tests.support.storages import files_in
 from tests.support.urls import PROXY
+from tests.support.waiting import SOON, wait_until
 
 DEV = "https://fal.run/fal-ai/flux/dev"
 STREAM = f"{DEV}/stream"
@@ -238,7 +238,7 @@ async def test_the_ledger_has_the_time_to_store_the_files(
     fal.respond = set_response(document_of(1), headers={FAL_REQUEST_ID: ID})
     await (result_of(gateway) if is_job else send(gateway, "POST", PROXY, DEV))
     writer = gateway.client.app[LEDGER_WRITER]
-    await until(lambda: writer.pending_rows == 0)
+    await wait_until(lambda: writer.pending_rows == 0)
     (record,) = await writer.ledger.latest(UsageQuery())
     assert record.stored_seconds is not None
     assert 0 < record.stored_seconds <= 5
@@ -762,7 +762,7 @@ async def test_a_slow_file_delays_its_own_event_only(
     response = await listen(gateway)
     assert await read(response, len(event(n=1))) == event(n=1)
     stream.send(event(url), event(n=2), b"")
-    await until(lambda: gate.waiting)
+    await wait_until(lambda: gate.waiting)
     gate.opened.set()
     assert await rest_of(response) == event(stored_url(gateway)) + event(n=2)
 
@@ -775,7 +775,7 @@ async def test_a_slow_file_does_not_delay_earlier_events(
     stream.send(event(n=1) + event(url))
     try:
         response = await listen(gateway)
-        await until(lambda: gate.waiting)
+        await wait_until(lambda: gate.waiting)
         async with asyncio.timeout(1):
             assert await response.content.readexactly(len(event(n=1))) == event(n=1)
     finally:
@@ -813,7 +813,7 @@ async def read_until_closed(response: ClientResponse) -> bytes:
     """Return the bytes received before the connection is closed."""
     got = b""
     try:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(SOON):
             while chunk := await response.content.readany():
                 got += chunk
     except (ClientPayloadError, ConnectionResetError):
@@ -887,8 +887,8 @@ async def test_a_result_is_cached_before_its_files_are_stored(
     cdn.serve_at(PATH, gate.serve)
     first, second = await make(), await make()  # two processes, from the store's point of view
     running = asyncio.ensure_future(run(first))
-    await until(lambda: bool(gate.waiting))
-    async with asyncio.timeout(5):
+    await wait_until(lambda: bool(gate.waiting))
+    async with asyncio.timeout(SOON):
         while (await submit(second, Cache_Control="only-if-cached")).status != 200:
             await asyncio.sleep(0.02)
     assert not running.done()
@@ -920,7 +920,7 @@ async def test_calls_that_share_a_job_store_its_file_once(
     async with asyncio.TaskGroup() as group:
         runs = [group.create_task(run(gateway)) for _ in range(5)]
         submits = [group.create_task(submit(gateway)) for _ in range(5)]
-        await until(lambda: played.paid)
+        await wait_until(lambda: played.paid)
         await asyncio.sleep(0.1)
         played.release()
     results = [task.result() for task in runs]
@@ -1244,12 +1244,12 @@ async def test_a_file_is_stored_although_the_client_disconnected(
     cdn.serve_at("/slow.png", gate.serve)
     fal.respond = set_response(document_of(1, "/slow.png"))
     cancelled = asyncio.ensure_future(result_of(gateway))
-    await until(lambda: gate.waiting)
+    await wait_until(lambda: gate.waiting)
     cancelled.cancel()
     await asyncio.sleep(0.1)
     assert gate.waiting
     gate.opened.set()
-    await until(lambda: disk.names == [name_of(png())])
+    await wait_until(lambda: disk.names == [name_of(png())])
     assert await url_in(await result_of(gateway)) == stored_url(gateway)
     assert cdn.request_counts["/slow.png"] == 1
 
@@ -1261,7 +1261,7 @@ async def test_running_transfers_complete_before_the_proxy_ends(
     cdn.serve_at("/slow.png", gate.serve)
     fal.respond = set_response(document_of(1, "/slow.png"))
     cancelled = asyncio.ensure_future(result_of(gateway))
-    await until(lambda: gate.waiting)
+    await wait_until(lambda: gate.waiting)
     cancelled.cancel()
     closing = asyncio.ensure_future(gateway.client.close())
     await asyncio.sleep(0.1)

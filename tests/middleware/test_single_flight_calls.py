@@ -18,7 +18,6 @@ from tests.support.fake_queue import (
     DOG,
     RUN,
     SUBMIT,
-    TIMEOUT,
     FakeQueue,
     cache_status,
     image_result,
@@ -32,11 +31,11 @@ from tests.support.fake_queue import (
     upload_to,
     uuid_version,
     wait_result,
-    wait_until,
     wait_until_cached,
 )
 from tests.support.gateway import Gateway, MakeGateway
 from tests.support.offline_fal import offline_fal, png
+from tests.support.waiting import SOON, wait_until
 
 pytestmark = pytest.mark.usefixtures("fal_outlives_the_proxy")
 
@@ -182,7 +181,7 @@ async def test_a_submit_that_joins_a_run_waits_for_it(
     }
     assert (await request_about(gateway, request_id)).status == 400
     stream = await gateway.call(f"{root}/status/stream", "GET")
-    async with asyncio.timeout(TIMEOUT):
+    async with asyncio.timeout(SOON):
         first = await stream.content.readuntil(b"\n\n")
         queue.release()
         events = (first + await stream.content.read()).decode().split("\n\n")
@@ -414,7 +413,7 @@ async def test_a_failed_job_is_not_cached(
 
 async def wait_until_paid_again(gateway: Gateway, queue: FakeQueue) -> None:
     """Wait until a call is sent again: the proxy awaits a job in the background."""
-    async with asyncio.timeout(3):
+    async with asyncio.timeout(SOON):
         while (await run(gateway)).status != 200:
             await asyncio.sleep(0.02)
     assert queue.paid == 2

@@ -27,9 +27,9 @@ from tests.support.sandbox_proxy import (
     SandboxProxy,
     data_uri,
     open_sandbox_proxy,
-    until,
 )
 from tests.support.urls import PROXY, REQUEST, RUN, SUBMIT
+from tests.support.waiting import wait_until
 
 HEADER = "x-falproxy-user"
 KEY = {"x-falproxy-key": "s3cret-of-ann"}
@@ -351,7 +351,7 @@ async def gateway_with_key(make_gateway: MakeGateway, fal: FakeFal) -> Gateway:
 
 async def records_of(gateway: Gateway) -> list[CallRecord]:
     writer = gateway.client.server.app[LEDGER_WRITER]  # type: ignore[attr-defined]
-    await until(lambda: not writer.pending_rows)
+    await wait_until(lambda: not writer.pending_rows)
     records: list[CallRecord] = await writer.ledger.latest(UsageQuery())
     return records
 

@@ -19,7 +19,6 @@ from tests.support.fake_queue import (
     CAT,
     DOG,
     KONTEXT,
-    TIMEOUT,
     FakeQueue,
     cache_status,
     image_result,
@@ -31,12 +30,12 @@ from tests.support.fake_queue import (
     submitted_id,
     uuid_version,
     wait_result,
-    wait_until,
     wait_until_cached,
 )
 from tests.support.gateway import Gateway, MakeGateway
 from tests.support.key_search import CANARY
 from tests.support.redis_server import RedisServer, redis_server
+from tests.support.waiting import SOON, wait_until
 
 pytestmark = pytest.mark.usefixtures("fal_outlives_the_proxy")
 
@@ -152,7 +151,7 @@ BASE_URL = "/api/fal/queue"
 async def base_url_request(
     gateway: Gateway, url: str, method: str = "GET", **body: Any
 ) -> ClientResponse:
-    async with asyncio.timeout(TIMEOUT):
+    async with asyncio.timeout(SOON):
         response = await gateway.client.request(method, url, **body)
         await response.read()
     return response
@@ -627,7 +626,7 @@ async def test_a_frozen_store_delays_one_call_only(
             assert time.monotonic() - started < 0.5
         finally:
             redis.thaw()
-        async with asyncio.timeout(TIMEOUT):
+        async with asyncio.timeout(SOON):
             while not is_hit(await run(gateway)):
                 await asyncio.sleep(0.1)
 

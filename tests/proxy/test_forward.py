@@ -22,6 +22,7 @@ from tests.support.header_names import ADDED, KEPT_BACK, OF_THE_CONNECTION
 from tests.support.key_search import CANARY
 from tests.support.settings import make_settings
 from tests.support.urls import PROXY, REQUEST, RUN
+from tests.support.waiting import SOON, wait_until
 
 pytestmark = [
     pytest.mark.both_event_loops,
@@ -473,12 +474,6 @@ async def test_a_post_that_may_have_reached_fal_is_never_sent_again(
     assert (requests, wire.connections) == (2, 1)
 
 
-async def until(is_true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not is_true():
-            await asyncio.sleep(0.01)
-
-
 @pytest.mark.parametrize(
     "started", [False, True], ids=["before the response", "inside the response"]
 )
@@ -503,14 +498,14 @@ async def test_a_disconnect_aborts_the_call_to_fal(
     fal.respond = work
     headers = {"x-fal-target-url": RUN}
     call = asyncio.ensure_future(session.post(gateway.origin + PROXY, json={}, headers=headers))
-    await until(lambda: bool(fal.seen))
+    await wait_until(lambda: bool(fal.seen))
     if started:
         response = await call
         await response.content.readany()
         response.close()
     else:
         call.cancel()
-    await until(lambda: cancelled)
+    await wait_until(lambda: cancelled)
 
 
 async def test_an_event_is_relayed_before_the_next_one_is_sent(
@@ -563,7 +558,7 @@ async def test_an_access_log_can_name_the_headers_of_a_stream(fal: FakeFal, tmp_
             ) as response:
                 assert await response.read() == b"data: 1\n\n"
                 assert response.headers["X-Own"] == "1"
-            await until(lambda: bool(logged))
+            await wait_until(lambda: bool(logged))
     finally:
         await runner.cleanup()
     assert {("Content-Type", "text/event-stream"), ("X-Own", "1")} <= {*logged[0]}
@@ -610,7 +605,7 @@ async def test_a_request_body_is_sent_while_it_arrives(
 
     async def body() -> AsyncIterator[bytes]:
         yield b"first"
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(SOON):
             await arrived.wait()
         yield b"last"
 
@@ -673,7 +668,7 @@ async def test_a_disconnect_inside_a_streamed_body_aborts_the_call(
     )
     await started.wait()
     writer.close()
-    await until(lambda: bool(ended))
+    await wait_until(lambda: bool(ended))
     assert len(ended[0]) < 1000
 
 
@@ -765,7 +760,7 @@ async def test_a_call_ends_with_the_request_that_reads_its_document(
     wire.serve = serve
     gateway = await make_gateway(wire.origin, upstream_timeout=60 if disconnects else 0.2)
     call = asyncio.ensure_future(gateway.client.post("/api/fal/queue/fal-ai/flux/dev", json={}))
-    await until(lambda: wire.connections == 1)
+    await wait_until(lambda: wire.connections == 1)
     if disconnects:
         await asyncio.sleep(0.05)
         call.cancel()
@@ -773,7 +768,7 @@ async def test_a_call_ends_with_the_request_that_reads_its_document(
         response = await call
         assert response.status == 504
         assert response.headers["x-fal-request-timeout-type"] == "user"
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(SOON):
         await ended.wait()
 
 

@@ -29,6 +29,7 @@ from falproxy.proxy.transport.pool import Pool
 from falproxy.proxy.transport.response import PooledResponse
 from tests.support.fake_fal import Connection as Serve
 from tests.support.fake_fal import WireFal, read_head
+from tests.support.waiting import SOON, wait_until
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
@@ -318,7 +319,7 @@ async def test_an_idle_connection_is_closed_after_its_time(
 
     wire.serve = serve
     await read_body(await make_pool().send(request_to(wire)))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(SOON):
         await closed.wait()
     assert IDLE_SECONDS < 60
 
@@ -341,9 +342,7 @@ async def test_the_number_of_idle_connections_is_bounded(
     transport = make_pool()
     for response in await asyncio.gather(*(transport.send(request_to(wire)) for _ in range(10))):
         await read_body(response)
-    async with asyncio.timeout(10):
-        while open_now != 2:
-            await asyncio.sleep(0.01)
+    await wait_until(lambda: open_now == 2)
 
 
 @pytest.mark.parametrize(
@@ -373,9 +372,7 @@ async def test_a_connection_that_has_ended_is_freed_without_garbage_collection(
     try:
         for _ in range(3):
             await read_body(await transport.send(request_to(wire)))
-        async with asyncio.timeout(10):
-            while len(transport._open_connections):
-                await asyncio.sleep(0.01)
+        await wait_until(lambda: not transport._open_connections)
     finally:
         gc.enable()
     assert not any(transport._idle.values())
@@ -397,7 +394,7 @@ async def test_a_connection_that_waits_for_a_request_body_is_idle_too(
 
     wire.serve = serve
     task = asyncio.ensure_future(make_pool().send(request_to(wire, "POST", body=never(), length=9)))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(SOON):
         await closed.wait()
     task.cancel()
 
@@ -418,7 +415,7 @@ async def test_a_garbage_collected_response_closes_its_connection(
     transport = make_pool()
     await transport.send(request_to(wire))
     gc.collect()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(SOON):
         await closed.wait()
 
 
@@ -563,9 +560,7 @@ async def test_bytes_decrypted_with_a_response_are_not_the_next_one(
     opened = await transport._new_connection(origin)
     request = UpstreamRequest(origin, "GET", "/", [])
     opened.start_request(request, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", waiter, wait_for_body=True)
-    async with asyncio.timeout(5):
-        while not waiter.responses:
-            await asyncio.sleep(0.01)
+    await wait_until(lambda: waiter.responses)
     await asyncio.sleep(0.1)
     assert waiter.responses == [bytes(connection.BUFFER_SIZE - 42)]
     server.close()
@@ -781,9 +776,7 @@ async def test_no_request_follows_a_body_shorter_than_its_length(
     transport = make_pool()
     with pytest.raises(ConnectionLostError):
         await transport.send(request_to(wire, "POST", body=chunks(b"abc"), length=9))
-    async with asyncio.timeout(10):
-        while not seen:
-            await asyncio.sleep(0.01)
+    await wait_until(lambda: seen)
     assert seen[0].endswith(b"\r\n\r\nabc")
 
 
@@ -803,7 +796,7 @@ async def test_an_exception_of_the_body_is_raised_and_ends_the_connection(
     wire.serve = serve
     with pytest.raises(LookupError):
         await make_pool().send(request_to(wire, "POST", body=breaks(), length=9))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(SOON):
         await closed.wait()
 
 
@@ -848,7 +841,7 @@ async def test_a_cancelled_call_closes_its_connection(
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(SOON):
         await closed.wait()
 
 
@@ -969,9 +962,7 @@ async def test_an_error_in_a_callback_ends_the_exchange(
     waiter = FailingWaiter()
     head = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
     connection.start_request(request_to(wire), head, waiter)
-    async with asyncio.timeout(5):
-        while waiter.error is None:
-            await asyncio.sleep(0.01)
+    await wait_until(lambda: waiter.error is not None)
     assert isinstance(waiter.error, ConnectionLostError)
     assert not connection.is_reusable(check_socket=False)
     assert await read_body(await transport.send(request_to(wire))) == b"ok"

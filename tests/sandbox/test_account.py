@@ -12,6 +12,7 @@ from falproxy.sandbox.inference import billable_units
 from falproxy.sandbox.models import FURTHER_PRICES, MODELS
 from falproxy.sandbox.request import parse_tags
 from tests.support.sandbox_proxy import Reply, SandboxProxy, open_sandbox_proxy
+from tests.support.waiting import wait_until
 
 DEV = "fal-ai/flux/dev"
 DRAW = {"prompt": "!delay 0 a heron", "image_size": "square"}
@@ -80,9 +81,7 @@ async def test_costs_are_shown_by_tag(proxy: SandboxProxy) -> None:
     await proxy.call_target(
         f"https://queue.fal.run/{DEV}", DRAW, headers={"X-Fal-Tags": "team=b, bad"}
     )
-    async with asyncio.timeout(5):
-        while proxy.sandbox.jobs < 3:
-            await asyncio.sleep(0.01)
+    await wait_until(lambda: proxy.sandbox.jobs >= 3)
     async with proxy.session.get(f"{proxy.fal_origin}/sandbox/state") as response:
         state = await response.json()
     assert state["spent_by_tag"] == {"team=a": 0.05, "user=ann": 0.025, "team=b": 0.025}

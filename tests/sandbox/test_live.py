@@ -24,7 +24,8 @@ from falproxy.sandbox.live_media import (
 from falproxy.sandbox.live_models import LIVE_MODELS
 from tests.support.fake_live import DIRECTOR, HEARTBEAT, ICE, SESSION
 from tests.support.offline_fal import KEY, OfflineFal, offline_fal
-from tests.support.sandbox_proxy import SandboxProxy, open_sandbox_proxy, until
+from tests.support.sandbox_proxy import SandboxProxy, open_sandbox_proxy
+from tests.support.waiting import SOON, wait_until
 
 WORLD = "fal-ai/lingbot-world-2"
 # The first lines of a browser's offer for one video and a data channel.
@@ -130,7 +131,7 @@ async def test_heartbeats_keep_a_session_open(fal: OfflineFal) -> None:
     assert not await beat(fal, session, {"Authorization": "Key other:secret"})
     assert not await beat(fal, "another")
     assert not await beat(fal, None)
-    await until(lambda: not fal.sandbox.live.open)
+    await wait_until(lambda: not fal.sandbox.live.open)
     assert not await beat(fal, session)
 
 
@@ -139,7 +140,7 @@ async def test_a_session_is_billed_by_its_length(fal: OfflineFal) -> None:
     session = await open_session(fal)
     await asyncio.sleep(0.1)
     assert await beat(fal, session)
-    await until(lambda: fal.sandbox.jobs)
+    await wait_until(lambda: fal.sandbox.jobs)
     assert fal.sandbox.jobs_by_endpoint == {DIRECTOR: 1}
     price = LIVE_MODELS[DIRECTOR].price
     assert price * Decimal("0.1") <= fal.sandbox.cost < price
@@ -168,7 +169,7 @@ async def test_a_session_through_the_proxy_is_in_its_ledger(proxy: SandboxProxy)
     session = (await proxy.call_target(SESSION, offer)).document["session_id"]
     await asyncio.sleep(1.1)
     assert (await proxy.call_target(HEARTBEAT, {"session_id": session})).document["alive"]
-    async with asyncio.timeout(10):  # the price is asked for in the background
+    async with asyncio.timeout(SOON):  # the price is asked for in the background
         while (record := (await proxy.records())[0]).settled is None:
             await asyncio.sleep(0.02)
     assert (record.endpoint, record.request_id) == (DIRECTOR, session)

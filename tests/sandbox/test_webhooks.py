@@ -16,6 +16,7 @@ from falproxy.sandbox import Sandbox, create_app
 from falproxy.sandbox.tokens import base64url_decode
 from falproxy.sandbox.webhooks import is_loopback
 from tests.support.offline_fal import DEV, KEY, SMALL, OfflineFal, offline_fal
+from tests.support.waiting import wait_until
 
 BODY = {"prompt": "x", "image_size": SMALL}
 
@@ -32,9 +33,7 @@ class Receiver:
     posts: list[tuple[CIMultiDictProxy[str], bytes]] = field(default_factory=list)
 
     async def wait(self, count: int = 1) -> None:
-        async with asyncio.timeout(3):
-            while len(self.posts) < count:
-                await asyncio.sleep(0.005)
+        await wait_until(lambda: len(self.posts) >= count)
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ from tests.support.asgi_client import (
 from tests.support.fake_fal import FakeFal, WireFal
 from tests.support.key_search import CANARY
 from tests.support.settings import make_settings
+from tests.support.waiting import SOON, wait_until
 
 MIB = 2**20
 CHUNKED = (b"transfer-encoding", b"chunked")
@@ -207,7 +208,7 @@ async def test_a_client_that_leaves_cancels_its_call(app: AsgiProxy, fal: FakeFa
 
     fal.respond = wait
     call = AsgiCall(app, http_scope())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(SOON):
         await started.wait()
         call.feed(DISCONNECT)
         await call.finish()
@@ -243,7 +244,7 @@ async def test_a_request_that_the_server_ends_cancels_its_call(
     else:
         waiting = asyncio.Queue[dict[str, object]]()
         await app(http_scope("GET", headers=LOCAL), waiting.get, refuse)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(SOON):
         await cancelled.wait()
 
 
@@ -270,7 +271,7 @@ async def test_a_client_that_reads_nothing_stops_the_stream(app: AsgiProxy, fal:
     fal.respond = endless
     call = AsgiCall(app, http_scope("GET", headers=LOCAL))
     call.can_send.clear()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(SOON):
         await stalled.wait()
     assert written < 16 * MIB, "kernel buffers only"
     call.feed(DISCONNECT)
@@ -372,9 +373,7 @@ async def test_requests_above_the_limit_are_a_503(fal: FakeFal, tmp_path: Path) 
     fal.respond = never_respond
     async with falproxy.asgi(settings_for(fal.origin, tmp_path, max_connections=8)) as app:
         calls = [AsgiCall(app, http_scope()) for _ in range(8)]
-        async with asyncio.timeout(10):
-            while len(fal.seen) < 8:
-                await asyncio.sleep(0.01)
+        await wait_until(lambda: len(fal.seen) >= 8)
         assert (await call_asgi(app, http_scope())).status == 503
         assert (await call_asgi(app, http_scope("GET", "/health", LOCAL))).status == 200
         for call in calls:

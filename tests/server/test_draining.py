@@ -18,6 +18,7 @@ from tests.support.fake_fal import FakeFal
 from tests.support.key_search import CANARY
 from tests.support.ports import free_port
 from tests.support.urls import PROXY, REQUEST, RUN
+from tests.support.waiting import SOON, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -40,9 +41,7 @@ def env(fal: FakeFal, tmp_path: Path) -> dict[str, str]:
 async def stopping(proxy: CliProcess, number: int = signal.SIGTERM) -> AsyncIterator[None]:
     """Context manager: the time from a signal to the end of the process."""
     proxy.process.send_signal(number)
-    async with asyncio.timeout(5):
-        while not any("Stopping" in str(line["message"]) for line in proxy.log):
-            await asyncio.sleep(0.01)
+    await wait_until(lambda: any("Stopping" in str(line["message"]) for line in proxy.log))
     yield
     async with asyncio.timeout(10):
         assert await proxy.process.wait() == 0
@@ -215,7 +214,7 @@ async def test_a_body_that_is_being_sent_is_received_after_the_stop_began(
 
 
 async def until_refused(port: int) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(SOON):
         while True:
             try:
                 _, writer = await asyncio.open_connection("127.0.0.1", port)

@@ -43,6 +43,7 @@ from tests.support.gateway import FastPathTestServer
 from tests.support.key_search import CANARY, LEAKS
 from tests.support.settings import make_settings
 from tests.support.urls import PROXY, REQUEST, SUBMIT
+from tests.support.waiting import SOON, wait_until
 
 pytestmark = pytest.mark.both_event_loops
 
@@ -126,7 +127,7 @@ class Client:
 
     async def read_response(self) -> bytes:
         """Return the next response, whose body has a length or chunks."""
-        async with asyncio.timeout(TIMEOUT):
+        async with asyncio.timeout(SOON):
             head = await self.reader.readuntil(b"\r\n\r\n")
             if b"transfer-encoding: chunked" in head.lower():
                 return head + await self.reader.readuntil(b"0\r\n\r\n")
@@ -234,12 +235,6 @@ def lines_of(response: bytes) -> tuple[list[bytes], bytes]:
     return sorted(without_varying(head).split(b"\r\n")), body
 
 
-async def until(is_true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(TIMEOUT):
-        while not is_true():
-            await asyncio.sleep(0.01)
-
-
 # Requests on the fast path
 
 
@@ -332,7 +327,7 @@ async def test_a_connection_under_load_returns_to_the_fast_path(
     for _ in range(responses):
         assert b" 202 " in await client.read_response()
     assert proxy.fast_path_hits == hits
-    await until(lambda: proxy.in_progress == 0)
+    await wait_until(lambda: proxy.in_progress == 0)
 
 
 async def test_a_client_that_leaves_in_that_moment_is_forgotten(
@@ -347,7 +342,7 @@ async def test_a_client_that_leaves_in_that_moment_is_forgotten(
     with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
         await client.read_response()
     monkeypatch.undo()
-    await until(lambda: proxy.in_progress == 0)
+    await wait_until(lambda: proxy.in_progress == 0)
     assert await (await proxy.client()).request(poll())
 
 
@@ -462,7 +457,7 @@ async def test_fast_path_calls_are_logged_like_all_others(
     client = await proxy.client()
     for _ in range(2):
         await client.request(poll())
-    await until(lambda: sum(record.name == "falproxy.calls" for record in caplog.records) == 2)
+    await wait_until(lambda: sum(record.name == "falproxy.calls" for record in caplog.records) == 2)
     first, second = (
         record.fields  # type: ignore[attr-defined]
         for record in caplog.records
@@ -710,8 +705,8 @@ async def test_a_disconnect_aborts_the_call_to_fal(make: Make, fal: ScriptedFal)
 
     fal.respond = respond
     client.writer.write(poll())
-    await until(lambda: fal.closed == 1)
-    await until(lambda: proxy.in_progress == 0)
+    await wait_until(lambda: fal.closed == 1)
+    await wait_until(lambda: proxy.in_progress == 0)
     assert proxy.fast_path_hits == 1
     assert proxy.count("status") == {"202": 1, "499": 1}
 
@@ -770,7 +765,7 @@ async def test_a_broken_response_is_broken_for_the_client_too(make: Make, fal: S
         await client.request(poll())
     assert proxy.fast_path_hits == 1
     assert len(fal.seen) == 2
-    await until(lambda: proxy.in_progress == 0)
+    await wait_until(lambda: proxy.in_progress == 0)
 
 
 async def test_a_response_in_two_pieces_stays_on_the_fast_path(
@@ -817,11 +812,11 @@ async def test_a_disconnect_behind_a_pipelined_request_is_noticed(
 
     fal.respond = respond
     client.writer.write(poll())
-    await until(lambda: proxy.fast_path_hits == 1)
+    await wait_until(lambda: proxy.fast_path_hits == 1)
     client.writer.write(poll())
     await asyncio.sleep(0.05)
     client.writer.close()
-    await until(lambda: proxy.count("status").get("499") == 1)
+    await wait_until(lambda: proxy.count("status").get("499") == 1)
     assert proxy.in_progress == 0
 
 
@@ -903,7 +898,7 @@ async def test_submits_on_the_fast_path_are_in_the_ledger(make: Make, fal: Scrip
         fal.response = accepted(f"request-{number}")
         await client.request(submit())
     assert proxy.fast_path_hits == 2
-    await until(lambda: len(proxy.ledger_rows()) == 3)
+    await wait_until(lambda: len(proxy.ledger_rows()) == 3)
     assert proxy.ledger_rows() == [
         (200, None, "submit", "fal-ai/flux/dev", f"request-{number}", None, None)
         for number in range(3)
@@ -926,7 +921,7 @@ async def test_the_cost_of_a_submit_is_settled_with_its_result(
     assert proxy.fast_path_hits == 1
     spent = proxy.server.app[METRICS].snapshot()["spent"]
     assert list(spent) == ["fal-ai/flux/dev"]
-    await until(lambda: len(proxy.ledger_rows()) == 2)
+    await wait_until(lambda: len(proxy.ledger_rows()) == 2)
     with sqlite3.connect(proxy.folder / "ledger.sqlite") as ledger:
         (total,) = ledger.execute("SELECT SUM(settled) FROM falproxy_outcomes").fetchone()
     assert spent["fal-ai/flux/dev"] == total > 0
@@ -1027,7 +1022,7 @@ async def test_a_submit_is_never_sent_twice(make: Make, fal: ScriptedFal) -> Non
     assert b"x-fal-request-timeout-type: user" in response
     assert proxy.fast_path_hits == 1
     assert len(fal.seen) == 2
-    await until(lambda: len(proxy.ledger_rows()) == 2)
+    await wait_until(lambda: len(proxy.ledger_rows()) == 2)
     assert proxy.ledger_rows()[1][0] == 504
     assert proxy.ledger_rows()[1][-2:] == ("upstream_broken", None), "the cost is unknown"
 
@@ -1064,7 +1059,7 @@ async def test_a_submit_whose_client_left_is_recorded_without_a_cost(
 
     fal.respond = respond
     client.writer.write(submit())
-    await until(lambda: len(proxy.ledger_rows()) == 2)
+    await wait_until(lambda: len(proxy.ledger_rows()) == 2)
     assert proxy.fast_path_hits == 1
     status, *_, error, settled = proxy.ledger_rows()[1]
     assert (status, error, settled) == (499, "client_left", None)
@@ -1109,11 +1104,11 @@ async def test_a_submit_whose_client_leaves_during_the_fallback_is_recorded(
     fal.respond = respond
     raw.sendall(submit())
     await arrived.wait()
-    await until(lambda: len(proxy.ledger_rows()) == 2)
+    await wait_until(lambda: len(proxy.ledger_rows()) == 2)
     assert len(fal.seen) == 2
     assert proxy.fast_path_hits == 1
     assert proxy.ledger_rows()[1][0] in (status, 499)
-    await until(lambda: proxy.in_progress == 0)
+    await wait_until(lambda: proxy.in_progress == 0)
     assert sum(proxy.count("submit").values()) == 2
 
 
@@ -1159,7 +1154,7 @@ async def test_a_fallback_keeps_the_timings(make: Make, fal: ScriptedFal) -> Non
     fal.respond = respond
     started = time.time()
     await client.request(submit())
-    await until(lambda: len(proxy.ledger_rows()) == 2)
+    await wait_until(lambda: len(proxy.ledger_rows()) == 2)
     with sqlite3.connect(proxy.folder / "ledger.sqlite") as ledger:
         at, seconds, upstream = ledger.execute(
             "SELECT at, seconds, upstream_seconds FROM falproxy_entries ORDER BY rowid DESC"

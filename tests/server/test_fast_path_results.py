@@ -22,6 +22,7 @@ from tests.support.polled_proxy import MakeProxy, PolledProxy, new_id
 from tests.support.polling_client import PollingClient, poll_request, submit_request
 from tests.support.sandbox_proxy import select_rows
 from tests.support.urls import PROXY
+from tests.support.waiting import SOON, wait_until
 
 pytestmark = pytest.mark.both_event_loops
 
@@ -58,9 +59,7 @@ def respond_with(
 async def outcomes(proxy: PolledProxy, data_dir: Path) -> dict[str, dict[str, Any]]:
     """Return the written outcomes by request id."""
     writer = proxy.server.app[LEDGER_WRITER]
-    async with asyncio.timeout(10):
-        while writer.pending_rows:
-            await asyncio.sleep(0.01)
+    await wait_until(lambda: not writer.pending_rows)
     rows = select_rows(data_dir, "SELECT * FROM falproxy_outcomes")
     return {row["request_id"]: row for row in rows}
 
@@ -207,7 +206,7 @@ async def test_other_methods_and_urls_take_the_normal_path(
     ):
         await client.request(other)
     assert proxy.hits == 0
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(SOON):
         while not proxy.hits:  # the request for the price may have the idle connection
             assert await client.status(result_request(new_id())) == 200
     assert PROXY.encode() in result_request("x")
@@ -272,7 +271,7 @@ async def test_an_outcome_is_recorded_though_the_client_leaves_during_the_body(
         await is_sent.wait()
         await asyncio.sleep(0.1)
     assert proxy.hits == hits + 1
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(SOON):
         while second not in await outcomes(proxy, tmp_path):
             await asyncio.sleep(0.01)
     written = (await outcomes(proxy, tmp_path))[second]

@@ -27,10 +27,10 @@ from tests.support.gateway import FastPathTestServer
 from tests.support.key_search import CANARY
 from tests.support.settings import make_settings
 from tests.support.urls import PROXY, REQUEST, RUN
+from tests.support.waiting import SOON, wait_until
 
 pytestmark = pytest.mark.both_event_loops
 
-TIMEOUT = 10.0
 LIVE = b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n"
 LIMIT = 64 * 2**10
 
@@ -49,7 +49,7 @@ class Client:
 
     async def head(self) -> bytes:
         """Return the next response, which has a length."""
-        async with asyncio.timeout(TIMEOUT):
+        async with asyncio.timeout(SOON):
             head = await self.reader.readuntil(b"\r\n\r\n")
             length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
             return head + await self.reader.readexactly(length)
@@ -57,7 +57,7 @@ class Client:
     async def rest(self) -> bytes:
         """Return everything until the connection ends."""
         received = b""
-        async with asyncio.timeout(TIMEOUT):
+        async with asyncio.timeout(SOON):
             with contextlib.suppress(ConnectionError):
                 while data := await self.reader.read(2**16):
                     received += data
@@ -81,11 +81,6 @@ class Proxy:
 
     def closed(self, reason: str) -> int:
         return self.server.app[METRICS].snapshot()["closed_connections"].get(reason, 0)
-
-    async def until(self, is_true: Callable[[], bool]) -> None:
-        async with asyncio.timeout(TIMEOUT):
-            while not is_true():
-                await asyncio.sleep(0.01)
 
 
 Make = Callable[..., Awaitable[Proxy]]
@@ -162,7 +157,7 @@ async def test_a_large_head_is_refused_before_its_end(make: Make) -> None:
     response = await client.rest()
     assert response.startswith(b"HTTP/1.1 431 ")
     assert response.count(b"HTTP/1.1") == 1
-    await proxy.until(lambda: proxy.connections == 0)
+    await wait_until(lambda: proxy.connections == 0)
 
 
 async def test_a_body_is_not_part_of_the_head(make: Make, fal: FakeFal) -> None:
@@ -199,7 +194,7 @@ async def test_a_large_head_behind_a_response_in_progress_does_not_cut_it(
 
     fal.respond = respond
     client = await proxy.client(request(f"x-fal-target-url: {REQUEST}/status", path=PROXY))
-    await proxy.until(lambda: len(fal.seen) == 1)
+    await wait_until(lambda: len(fal.seen) == 1)
     for _ in range(20):
         await client.send(b"GET / HTTP/1.1\r\n" + b"x-a: " + b"a" * 10_000 + b"\r\n")
     proceed.set()
@@ -216,7 +211,7 @@ async def test_the_memory_of_incomplete_heads_is_bounded(
     proxy = await make()
     part = request(*fields(2, 25_000))[:-2]
     clients = [await proxy.client(part) for _ in range(40)]
-    await proxy.until(lambda: proxy.closed("evicted") >= 25)
+    await wait_until(lambda: proxy.closed("evicted") >= 25)
     assert proxy.connections <= 15
     assert (await (await proxy.client(LIVE)).head()).startswith(b"HTTP/1.1 200 ")
     for client in clients[:10]:  # the oldest
@@ -298,8 +293,8 @@ async def test_a_response_that_is_not_read_ends_the_connection(make: Make, fal: 
     fal.respond = respond
     proxy = await make(send_timeout=0.5)
     await proxy.client(request(f"x-fal-target-url: {RUN}", path=PROXY))
-    await proxy.until(lambda: proxy.closed("send_timeout") == 1)
-    await proxy.until(lambda: proxy.connections == 0)
+    await wait_until(lambda: proxy.closed("send_timeout") == 1)
+    await wait_until(lambda: proxy.connections == 0)
 
 
 # The number of connections
@@ -326,7 +321,7 @@ def test_the_limit_leaves_room_for_calls(
 async def test_the_longest_idle_connections_are_closed_first(make: Make, fast_path: bool) -> None:
     proxy = await make(fast_path=fast_path, max_connections=10)
     old = [await proxy.client() for _ in range(5)]
-    await proxy.until(lambda: proxy.connections == 5)
+    await wait_until(lambda: proxy.connections == 5)
     for _ in range(20):
         client = await proxy.client(LIVE)
         assert (await client.head()).startswith(b"HTTP/1.1 200 ")
@@ -358,7 +353,7 @@ async def open_busy_connections(
     fal.respond = busy.respond
     proxy = await make(max_connections=count)
     clients = [await proxy.client(POLL) for _ in range(count)]
-    await proxy.until(lambda: len(fal.seen) == count)
+    await wait_until(lambda: len(fal.seen) == count)
     return proxy, busy, clients
 
 
@@ -378,7 +373,7 @@ async def test_busy_connections_leave_room_for_health_checks(
     busy.proceed.set()
     for client in clients:
         assert (await client.head()).startswith(b"HTTP/1.1 200 ")
-    await proxy.until(lambda: not proxy.server.app[METRICS].in_progress)
+    await wait_until(lambda: not proxy.server.app[METRICS].in_progress)
     assert (await (await proxy.client(POLL)).head()).startswith(b"HTTP/1.1 200 ")
     warnings = [record for record in caplog.records if "limit of 10 connections" in record.message]
     assert len(warnings) == 1
@@ -402,7 +397,7 @@ async def test_a_pause_of_the_process_does_not_put_off_the_search_for_idle_conne
     busy.proceed.set()
     for client in clients:
         assert (await client.head()).startswith(b"HTTP/1.1 200 ")
-    await proxy.until(lambda: not proxy.server.app[METRICS].in_progress)
+    await wait_until(lambda: not proxy.server.app[METRICS].in_progress)
     assert (await (await proxy.client(POLL)).head()).startswith(b"HTTP/1.1 200 ")
 
 
@@ -412,11 +407,11 @@ async def test_connections_beyond_the_room_for_health_checks_are_closed(
     proxy, busy, _ = await open_busy_connections(make, fal, 5)
     for _ in range(3 * HEALTH_CONNECTIONS):
         await proxy.client()
-    await proxy.until(lambda: proxy.connections <= 5 + HEALTH_CONNECTIONS)
+    await wait_until(lambda: proxy.connections <= 5 + HEALTH_CONNECTIONS)
     assert len(fal.seen) == 5
     assert proxy.closed("evicted") >= 2 * HEALTH_CONNECTIONS
     busy.proceed.set()
-    await proxy.until(lambda: not proxy.server.app[METRICS].in_progress)
+    await wait_until(lambda: not proxy.server.app[METRICS].in_progress)
     assert (await (await proxy.client(POLL)).head()).startswith(b"HTTP/1.1 200 ")
 
 

@@ -26,13 +26,13 @@ from tests.support.fake_fal import FakeFal
 from tests.support.key_search import CANARY
 from tests.support.ports import free_port
 from tests.support.urls import PROXY, RUN
+from tests.support.waiting import SOON, wait_until
 
 pytestmark = pytest.mark.slow
 
 if not sys.platform.startswith("linux"):
     pytest.skip("needs abstract sockets", allow_module_level=True)
 
-TIMEOUT = 20.0  # seconds, for a loaded machine
 ALL_KINDS = pytest.mark.parametrize("workers", ["1", "2"])
 
 
@@ -62,7 +62,7 @@ async def serving_unix(
     )
     reading = asyncio.ensure_future(process.read_log())
     try:
-        async with asyncio.timeout(TIMEOUT):
+        async with asyncio.timeout(SOON):
             while not any(
                 f"listens on unix:{path}" in str(each["message"]) for each in process.log
             ):
@@ -148,9 +148,7 @@ async def test_the_socket_of_a_killed_process_is_replaced(
         assert await run(session, "http://localhost") == 200
         proxy.process.kill()
         await proxy.process.wait()
-    async with asyncio.timeout(TIMEOUT):
-        while is_used(socket_file):  # workers end when the supervisor has died
-            await asyncio.sleep(0.02)
+    await wait_until(lambda: not is_used(socket_file))
     async with serving_unix(socket_file, workers, env) as (proxy, session):
         assert await run(session, "http://localhost") == 200
         assert await proxy.stop() == 0

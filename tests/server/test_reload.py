@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -18,21 +18,15 @@ from tests.support.cli_process import CliProcess, run_command
 from tests.support.fake_fal import FakeFal, respond_hello
 from tests.support.key_search import CANARY
 from tests.support.urls import PROXY, REQUEST, RUN
+from tests.support.waiting import SOON, wait_until
 
 pytestmark = pytest.mark.slow
 
 if not sys.platform.startswith("linux"):
     pytest.skip("needs /proc", allow_module_level=True)
 
-TIMEOUT = 20.0  # seconds, for a loaded machine
 ANN, BOB = "an-access-key-of-ann", "an-access-key-of-bob"
 ALL_KINDS = pytest.mark.parametrize("workers", [1, 2])
-
-
-async def until(is_true: Callable[[], object]) -> None:
-    async with asyncio.timeout(TIMEOUT):
-        while not is_true():
-            await asyncio.sleep(0.01)
 
 
 def count(proxy: CliProcess, text: str) -> int:
@@ -71,14 +65,14 @@ async def serving(dotenv: Dotenv, workers: int = 1) -> AsyncIterator[CliProcess]
     async with run_command(*arguments, CWD=str(dotenv.folder)) as proxy:
         pid = proxy.process.pid
         children = Path(f"/proc/{pid}/task/{pid}/children")
-        await until(lambda: workers == 1 or len(children.read_text().split()) == workers)
+        await wait_until(lambda: workers == 1 or len(children.read_text().split()) == workers)
         yield proxy
 
 
 async def reload(proxy: CliProcess, workers: int) -> None:
     before = count(proxy, "The settings were reloaded")
     proxy.process.send_signal(signal.SIGHUP)
-    await until(lambda: count(proxy, "The settings were reloaded") == before + workers)
+    await wait_until(lambda: count(proxy, "The settings were reloaded") == before + workers)
 
 
 async def call(session: ClientSession, proxy: CliProcess, key: str, url: str = RUN) -> int:
@@ -217,7 +211,7 @@ async def test_invalid_settings_are_reported_and_the_old_ones_stay(
     async with serving(dotenv, workers) as proxy, ClientSession() as session:
         dotenv.write(**values)
         proxy.process.send_signal(signal.SIGHUP)
-        await until(lambda: count(proxy, "were not reloaded"))
+        await wait_until(lambda: count(proxy, "were not reloaded"))
         (line,) = [line for line in proxy.log if "were not reloaded" in str(line["message"])]
         assert text in str(line["message"])
         assert await call(session, proxy, ANN) == 200
@@ -243,7 +237,7 @@ async def test_a_restarted_worker_has_the_new_settings(dotenv: Dotenv) -> None:
         old = {*map(int, children.read_text().split())}
         for worker in old:
             os.kill(worker, signal.SIGKILL)
-        await until(lambda: len({*map(int, children.read_text().split())} - old) == 2)
+        await wait_until(lambda: len({*map(int, children.read_text().split())} - old) == 2)
 
         async def serves() -> bool:
             try:
@@ -251,7 +245,7 @@ async def test_a_restarted_worker_has_the_new_settings(dotenv: Dotenv) -> None:
             except OSError:
                 return False
 
-        async with asyncio.timeout(TIMEOUT):
+        async with asyncio.timeout(SOON):
             while not await serves():
                 await asyncio.sleep(0.05)
 
@@ -277,7 +271,7 @@ async def test_metrics_go_on(dotenv: Dotenv) -> None:
 async def test_the_sandbox_survives_the_signal(tmp_path: Path) -> None:
     async with run_command("serve", "--sandbox", CWD=str(tmp_path)) as proxy:
         proxy.process.send_signal(signal.SIGHUP)
-        await until(lambda: count(proxy, "needs a restart"))
+        await wait_until(lambda: count(proxy, "needs a restart"))
         assert await proxy.stop() == 0
 
 
@@ -316,6 +310,6 @@ async def test_an_application_is_open_until_a_request_that_has_just_begun_ends()
         async with ClientSession() as session, session.get(f"http://{host}:{port}/") as response:
             assert await response.text() == "open"
         await replacing
-        await until(is_closed.is_set)
+        await wait_until(is_closed.is_set)
     finally:
         await runner.cleanup()

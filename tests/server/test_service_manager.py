@@ -14,11 +14,11 @@ from falproxy.server.service_manager import ServiceManager
 from tests.support.cli_process import run_command
 from tests.support.fake_fal import FakeFal
 from tests.support.key_search import CANARY
+from tests.support.waiting import SOON
 
 if not sys.platform.startswith("linux"):
     pytest.skip("needs abstract sockets", allow_module_level=True)
 
-TIMEOUT = 20.0  # seconds, for a loaded machine
 ALL_KINDS = pytest.mark.parametrize("workers", ["1", "2"])
 
 
@@ -53,7 +53,7 @@ def env(fal: FakeFal, tmp_path: Path, manager: socket.socket) -> dict[str, str]:
 async def receive(manager: socket.socket, is_last: Callable[[str], bool]) -> list[str]:
     """Return the messages up to one."""
     messages: list[str] = []
-    async with asyncio.timeout(TIMEOUT):
+    async with asyncio.timeout(SOON):
         while not messages or not is_last(messages[-1]):
             data = await asyncio.get_running_loop().sock_recv(manager, 4096)
             messages.append(data.decode())

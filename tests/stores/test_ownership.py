@@ -29,6 +29,7 @@ from falproxy.stores.ownership import (
 )
 from tests.support.fake_clock import FakeClock
 from tests.support.fake_store import FakeStore
+from tests.support.waiting import SOON, wait_until
 
 ANN = RequestOwner("ann", "mark")
 BOB = RequestOwner("bob", "mark")
@@ -154,7 +155,7 @@ async def test_expired_owners_are_deleted_while_the_file_is_open(file: Path) -> 
     clock.now += 101.0
     for number, left in enumerate((SWEEP_BATCH_SIZE + 6, 6, 0)):
         await store.put_owner(f"later {number}", ANN)
-        async with asyncio.timeout(5):  # it is deleted after the owner was stored
+        async with asyncio.timeout(SOON):  # it is deleted after the owner was stored
             while count_owners(file) != left + number + 1:
                 await asyncio.sleep(0.01)
     assert await store.get_owner("a") is None
@@ -312,12 +313,6 @@ async def breaker(store: FakeStore) -> AsyncIterator[StoreBreaker]:
 @pytest.fixture
 def shared(breaker: StoreBreaker, store: FakeStore) -> RequestOwnership:
     return RequestOwnership(store, breaker)
-
-
-async def wait_until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(5.0):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 async def test_an_owner_is_in_the_shared_store_before_add_returns(

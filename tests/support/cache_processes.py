@@ -1,8 +1,7 @@
 """Processes of falproxy that share a result cache."""
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from falproxy.sandbox import Sandbox, create_app
 from tests.support.cli_process import CliProcess, start_command
 from tests.support.key_search import leak_trace
 from tests.support.urls import PROXY
+from tests.support.waiting import wait_until
 
 APP = "fal-ai/flux-pro"
 POLL_INTERVAL = 0.05  # seconds between two polls of one client
@@ -134,7 +134,7 @@ async def serving(code: str | None = None, **env: str) -> AsyncIterator[CliProce
     served = CliProcess(process)
     reading = asyncio.ensure_future(served.read_log())
     try:
-        await until(lambda: served.origin != "" or process.returncode is not None)
+        await wait_until(lambda: served.origin != "" or process.returncode is not None)
         assert process.returncode is None, served.log
         yield served
     finally:
@@ -142,15 +142,6 @@ async def serving(code: str | None = None, **env: str) -> AsyncIterator[CliProce
             process.kill()
             await process.wait()
         await served.end_reading(reading)
-
-
-async def until(condition: Callable[[], bool], seconds: float = 20.0) -> float:
-    """Wait until a condition is true, and return the seconds. Raises: TimeoutError."""
-    started = time.monotonic()
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.005)
-    return time.monotonic() - started
 
 
 async def open_fal(make_server: AiohttpServer) -> Fal:

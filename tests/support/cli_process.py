@@ -14,6 +14,7 @@ from tests.support.fork_server import FORK_SERVER, ForkedProcess
 from tests.support.key_search import LEAKS
 from tests.support.paths import ROOT
 from tests.support.ports import free_port
+from tests.support.waiting import SOON
 
 LISTENS = re.compile(r"(?:listens on|imitates fal\.ai on) (http://\S+?)[ .](?=\D)")
 
@@ -114,7 +115,7 @@ async def run_server(
     process = CliProcess(await start)
     reading = asyncio.ensure_future(process.read_log())
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(SOON):
             while not process.origin:
                 assert process.process.returncode is None, process.log
                 await asyncio.sleep(0.01)

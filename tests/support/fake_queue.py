@@ -13,6 +13,7 @@ from aiohttp import ClientResponse, web
 
 from tests.support.fake_fal import FakeFal
 from tests.support.gateway import Gateway
+from tests.support.waiting import SOON
 
 KONTEXT = "fal-ai/flux-pro/kontext"
 APP = "fal-ai/flux-pro"
@@ -20,7 +21,6 @@ RUN = f"https://fal.run/{KONTEXT}"
 SUBMIT = f"https://queue.fal.run/{KONTEXT}"
 CAT = {"prompt": "a cat"}
 DOG = {"prompt": "a dog"}
-TIMEOUT = 30.0  # seconds; an id is unknown only after a second
 
 # RFC 9211: one member with a token as its name, and the parameters of the RFC.
 CACHE_STATUS = re.compile(
@@ -195,7 +195,7 @@ async def submit(gateway: Gateway, body: object = CAT, **headers: str) -> Client
 
 async def send(gateway: Gateway, target: str, body: object, **headers: str) -> ClientResponse:
     fields = [(name.replace("_", "-"), value) for name, value in headers.items()]
-    async with asyncio.timeout(TIMEOUT):
+    async with asyncio.timeout(SOON):
         response = await gateway.call(target, json=body, headers=fields)
         await response.read()
     return response
@@ -209,7 +209,7 @@ async def request_about(
     suffix: empty for the result, `/status`, `/cancel` and so on.
     """
     target = f"https://queue.fal.run/{APP}/requests/{request_id}{suffix}"
-    async with asyncio.timeout(TIMEOUT):
+    async with asyncio.timeout(SOON):
         response = await gateway.call(target, method, headers=list(headers.items()))
         await response.read()
     return response
@@ -235,12 +235,6 @@ async def wait_result(gateway: Gateway, response: ClientResponse, **headers: str
     assert statuses[-1]["status"] == "COMPLETED"
     assert {event["request_id"] for event in statuses} == {request_id}
     return await request_about(gateway, request_id, **headers)
-
-
-async def wait_until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(TIMEOUT):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 def cache_status(response: ClientResponse) -> dict[str, str]:
@@ -279,7 +273,7 @@ async def wait_until_cached(gateway: Gateway) -> None:
     async def is_cached() -> bool:
         return (await run(gateway, CAT, Cache_Control="only-if-cached")).status == 200
 
-    async with asyncio.timeout(TIMEOUT):
+    async with asyncio.timeout(SOON):
         while not await is_cached():
             await asyncio.sleep(0.005)
 

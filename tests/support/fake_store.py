@@ -1,7 +1,7 @@
 """A cache store in memory, which a test can slow down, stop and let fail."""
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Self
@@ -22,13 +22,6 @@ from falproxy.stores.cache import (
 
 VIRTUAL_REQUEST = VirtualRequest("key", "ann", "fal-ai/flux")
 STORE_DOWN = StoreError("the store is down")
-TIMEOUT = 30.0  # seconds, for a loaded machine
-
-
-async def wait_until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(TIMEOUT):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 @dataclass(slots=True)

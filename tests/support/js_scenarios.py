@@ -2,8 +2,9 @@
 
 import pytest
 
-from tests.support.js_world import DEV, KONTEXT, Play, World, large, photo, until
+from tests.support.js_world import DEV, KONTEXT, Play, World, large, photo
 from tests.support.key_search import CANARY
+from tests.support.waiting import wait_until
 
 
 class Scenarios:
@@ -141,7 +142,7 @@ class Scenarios:
         assert result["error"]["name"] == "AbortError"
         assert result["milliseconds"] < 2000
         # The request to fal is aborted as well.
-        await until(lambda: [seen.status for seen in world.sandbox.seen] == [499])
+        await wait_until(lambda: [seen.status for seen in world.sandbox.seen] == [499])
         assert world.sandbox.jobs == 0
 
     async def test_fifty_concurrent_requests_each_get_their_own_image(

@@ -104,13 +104,6 @@ class World:
             return await self.result_image(await response.json())
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait until `condition()` is true. Raises TimeoutError after PLAY_TIMEOUT."""
-    async with asyncio.timeout(PLAY_TIMEOUT):
-        while not condition():
-            await asyncio.sleep(0.02)
-
-
 @asynccontextmanager
 async def open_world(data_dir: Path, pages: dict[str, Path]) -> AsyncIterator[World]:
     """Start a proxy with a new sandbox. pages: directories that the gateway also serves, by path.

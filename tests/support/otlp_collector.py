@@ -11,8 +11,8 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from tests.support.key_search import LEAKS
+from tests.support.waiting import wait_until
 
-WAIT_TIMEOUT = 10.0  # seconds
 SERVER, CLIENT = 2, 3  # kinds of spans
 PARTIAL_SUCCESS = b""  # the response of a collector that has accepted everything
 
@@ -105,9 +105,7 @@ class Collector:
                     ]
 
     async def wait(self, condition: Callable[[], object]) -> None:
-        async with asyncio.timeout(WAIT_TIMEOUT):
-            while not condition():
-                await asyncio.sleep(0.01)
+        await wait_until(condition)
 
     async def trace(self, spans: int = 1) -> list[ReceivedSpan]:
         """Return the spans when there are so many, by their start."""

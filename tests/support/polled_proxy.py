@@ -24,6 +24,7 @@ from tests.support.gateway import FastPathTestServer
 from tests.support.key_search import CANARY
 from tests.support.polling_client import PollingClient, poll_request, submit_request
 from tests.support.settings import make_settings
+from tests.support.waiting import wait_until
 
 SECRET = "a-secret-that-is-long-enough-for-hmac-with-sha-512-so-that-nothing-warns-here"
 
@@ -95,12 +96,12 @@ class PolledProxy:
         after a submit."""
         pool = self.routes._pool
         assert pool is not None
-        async with asyncio.timeout(10):
-            while (
-                len(pool._open_connections) != sum(map(len, pool._idle.values()))
-                or refreshes_a_price()
-            ):
-                await asyncio.sleep(0.001)
+        await wait_until(
+            lambda: (
+                len(pool._open_connections) == sum(map(len, pool._idle.values()))
+                and not refreshes_a_price()
+            )
+        )
 
     async def poll_of(self, *lines: str) -> bytes:
         """Return the poll of a new job of the caller."""

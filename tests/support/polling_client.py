@@ -6,8 +6,7 @@ from typing import Self
 
 from tests.support.key_search import LEAKS
 from tests.support.urls import PROXY
-
-TIMEOUT = 10.0
+from tests.support.waiting import SOON
 
 
 def poll_request(request_id: str, *lines: str) -> bytes:
@@ -51,7 +50,7 @@ class PollingClient:
         return (await self._read())[1]
 
     async def _read(self) -> tuple[bytes, dict[str, str], bytes]:
-        async with asyncio.timeout(TIMEOUT):
+        async with asyncio.timeout(SOON):
             reader = self._streams[0][0]
             head = await reader.readuntil(b"\r\n\r\n")
             lines = head.decode("latin-1").lower().split("\r\n")[1:-2]

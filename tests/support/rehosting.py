@@ -20,7 +20,6 @@ from falproxy.media.fetch import Fetcher, FetchTimeouts
 from falproxy.stores.files import StorageError, StoredFile
 from falproxy.stores.files.disk import DiskStorage
 
-SOON = 5.0  # seconds; time-out of `until`
 PNG = b"\x89PNG\r\n\x1a\n"
 
 Serve = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -169,12 +168,6 @@ class LoopClock:
             yield self
         finally:
             loop.time = real  # type: ignore[method-assign]
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(SOON):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 # fal's own hosts of files, on this machine

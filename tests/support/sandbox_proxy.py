@@ -5,7 +5,7 @@ import base64
 import io
 import json
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,22 +27,15 @@ from tests.support.key_search import CANARY, leak_trace
 from tests.support.offline_fal import png
 from tests.support.settings import make_settings
 from tests.support.urls import PROXY
+from tests.support.waiting import SOON
 
 GENERATE = "/api/images/generate"
 ASYNC = {"Prefer": "respond-async"}
-WAIT_TIMEOUT = 10.0  # seconds
 PNG = png()
 
 
 def data_uri(content: bytes = PNG) -> str:
     return f"data:image/png;base64,{base64.b64encode(content).decode()}"
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Wait until a condition is true. Raises: TimeoutError."""
-    async with asyncio.timeout(WAIT_TIMEOUT):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +73,7 @@ class SandboxProxy:
 
     async def request(self, method: str, path: str, **options: Any) -> Reply:
         async with (
-            asyncio.timeout(WAIT_TIMEOUT),
+            asyncio.timeout(SOON),
             self.session.request(method, self.origin + path, **options) as response,
         ):
             text = await response.text()
@@ -105,7 +98,7 @@ class SandboxProxy:
 
     async def wait_finished(self, job_id: str, headers: Any = None) -> Any:
         """Return a job when it has ended."""
-        async with asyncio.timeout(WAIT_TIMEOUT):
+        async with asyncio.timeout(SOON):
             while True:
                 reply = await self.job(job_id, headers)
                 assert reply.status == 200, reply
@@ -151,7 +144,7 @@ class SandboxProxy:
 
     async def wait_settled(self) -> list[int | None]:
         """Wait until the cost of the latest call is known. Return those of all, newest first."""
-        async with asyncio.timeout(WAIT_TIMEOUT):
+        async with asyncio.timeout(SOON):
             while not (records := await self.records()) or records[0].settled is None:
                 await asyncio.sleep(0.02)
         return [record.settled for record in records]

@@ -9,7 +9,8 @@ import openai
 from openai.types import Video
 
 from tests.support.openai_client import create_openai_client
-from tests.support.sandbox_proxy import WAIT_TIMEOUT, Reply, SandboxProxy
+from tests.support.sandbox_proxy import Reply, SandboxProxy
+from tests.support.waiting import SOON
 
 VIDEOS = "/v1/videos"
 HERON = "!delay 0 a heron at dawn"
@@ -31,7 +32,7 @@ async def open_client(
 
 async def wait_video(client: openai.AsyncOpenAI, video_id: str) -> Video:
     """Return a video when it has ended."""
-    async with asyncio.timeout(WAIT_TIMEOUT):
+    async with asyncio.timeout(SOON):
         while (video := await client.videos.retrieve(video_id)).status not in (
             "completed",
             "failed",

@@ -32,6 +32,7 @@ from falproxy.web.openapi import (
 )
 from falproxy.web.openapi.schemas import component_schemas
 from tests.support.running_proxy import RunningProxy, open_running_proxy
+from tests.support.waiting import SOON
 
 DIALECT = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
 # The document itself, and the web pages with their files.
@@ -425,7 +426,7 @@ async def test_a_job_and_its_image_can_be_read_as_described(proxy: RunningProxy)
         assert set(response.headers) & set(accepted["headers"])
         assert accepted["links"]["job"]["parameters"] == {"id": "$response.body#/jobId"}
         job = await response.json()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(SOON):
         while job["status"] != "completed":
             job = await (
                 await proxy.session.get(f"{proxy.origin}/api/images/jobs/{job['jobId']}")

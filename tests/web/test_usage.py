@@ -36,6 +36,7 @@ from tests.support.running_proxy import open_running_proxy
 from tests.support.settings import make_settings
 from tests.support.urls import RUN
 from tests.support.usage import count_calls, run_usage, wait_until_equal
+from tests.support.waiting import SOON
 
 NOW = datetime(2026, 11, 21, 9, 30, tzinfo=UTC).timestamp()
 HOUR, DAY = 3600.0, 86400.0
@@ -399,7 +400,7 @@ async def test_a_report_has_the_starts_of_processes(
 async def test_a_proxy_records_its_start(make_gateway: MakeGateway, fal: FakeFal) -> None:
     gateway = await make_gateway(fal.origin)
     until = count(1)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(SOON):
         while not (starts := (await get_usage(gateway, since=f"{100 + next(until)}d"))["starts"]):
             await asyncio.sleep(0.01)
     assert [(start["version"], start["processes"]) for start in starts] == [(__version__, 1)]

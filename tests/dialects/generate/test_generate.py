@@ -23,14 +23,13 @@ from tests.support.offline_fal import png
 from tests.support.sandbox_proxy import (
     ASYNC,
     GENERATE,
-    WAIT_TIMEOUT,
     Reply,
     SandboxProxy,
     data_uri,
     open_sandbox_proxy,
-    until,
 )
 from tests.support.settings import make_settings
+from tests.support.waiting import SOON, wait_until
 
 SHIPPED = read_registry()
 HERON = "!delay 0 a heron at dawn"
@@ -140,7 +139,7 @@ async def disconnect(
 ) -> None:
     """Make a call, and disconnect as soon as fal got a request whose path ends with `reached`."""
     call = asyncio.ensure_future(proxy.generate(model, inputs))
-    await until(lambda: any(seen.path.endswith(reached) for seen in proxy.model_requests))
+    await wait_until(lambda: any(seen.path.endswith(reached) for seen in proxy.model_requests))
     call.cancel()
     await asyncio.gather(call, return_exceptions=True)
 
@@ -856,8 +855,8 @@ class TestJobs:
             assert reply.error == (504, "upstream_timeout")
             assert reply.message == "fal.ai timed out after 0.2 s."
             released.set()
-            await until(lambda: [seen.method for seen in fal.seen] == ["POST", "PUT"])
-            await until(lambda: proxy.jobs()[0]["status"] == "failed")
+            await wait_until(lambda: [seen.method for seen in fal.seen] == ["POST", "PUT"])
+            await wait_until(lambda: proxy.jobs()[0]["status"] == "failed")
             assert proxy.jobs()[0]["error"] == "upstream_timeout"
 
     async def test_without_a_fal_id_are_lost_after_the_submit_timeout(
@@ -912,15 +911,15 @@ class TestJobs:
         self, uncached: SandboxProxy
     ) -> None:
         await disconnect(uncached, "flux-dev", {"prompt": ENDLESS}, "/status")
-        await until(lambda: uncached.cancels == [202])
-        await until(lambda: uncached.jobs()[0]["status"] == "failed")
+        await wait_until(lambda: uncached.cancels == [202])
+        await wait_until(lambda: uncached.jobs()[0]["status"] == "failed")
         assert uncached.jobs()[0]["error"] == "client_left"
         assert uncached.sandbox.jobs == 0
         assert await uncached.wait_settled() == [0]
 
     async def test_a_cacheable_job_continues_without_its_client(self, proxy: SandboxProxy) -> None:
         await disconnect(proxy, "kontext-text-to-image", {"prompt": SLOW}, "/status")
-        await until(lambda: proxy.jobs()[0]["status"] == "completed")
+        await wait_until(lambda: proxy.jobs()[0]["status"] == "completed")
         assert (proxy.sandbox.jobs, proxy.cancels) == (1, [])
         assert proxy.jobs()[0]["settled"] == 40_000
 
@@ -937,14 +936,14 @@ class TestJobs:
         fal.respond = respond
         async with open_sandbox_proxy(tmp_path, upstream_origin=fal.origin) as proxy:
             call = asyncio.ensure_future(proxy.generate("flux-dev", DRAW))
-            await until(lambda: fal.seen)
+            await wait_until(lambda: fal.seen)
             call.cancel()
             await asyncio.gather(call, return_exceptions=True)
-            await until(lambda: "falproxy.calls" in [record.name for record in caplog.records])
+            await wait_until(lambda: "falproxy.calls" in [record.name for record in caplog.records])
             released.set()
-            await until(lambda: [seen.method for seen in fal.seen] == ["POST", "PUT"])
+            await wait_until(lambda: [seen.method for seen in fal.seen] == ["POST", "PUT"])
             assert fal.seen[1].target == "/fal-ai/flux/requests/1/cancel"
-            await until(lambda: proxy.jobs()[0]["status"] == "failed")
+            await wait_until(lambda: proxy.jobs()[0]["status"] == "failed")
             assert proxy.jobs()[0]["error"] == "client_left"
 
 
@@ -983,7 +982,7 @@ async def test_the_location_header_leads_to_the_job(
     setup(inner, settings, prefix=prefix)
     if is_nested:
         app.add_subapp("/inside", inner)
-    async with TestServer(app) as server, asyncio.timeout(WAIT_TIMEOUT):
+    async with TestServer(app) as server, asyncio.timeout(SOON):
         origin = f"http://127.0.0.1:{server.port}"
         start = f"{'/inside' if is_nested else ''}{prefix}"
         content = {"model": "flux-dev", "inputs": DRAW | {"prompt": SLOW}}
@@ -992,7 +991,7 @@ async def test_the_location_header_leads_to_the_job(
             job_id = (await response.json())["jobId"]
             location = response.headers["Location"]
         assert location == f"{start}/api/images/jobs/{job_id}"
-        await until(lambda: proxy.sandbox.jobs)
+        await wait_until(lambda: proxy.sandbox.jobs)
         while True:
             async with proxy.session.get(origin + location) as response:
                 job = await response.json()

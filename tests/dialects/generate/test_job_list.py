@@ -10,7 +10,8 @@ import pytest
 from aiohttp import web
 
 from tests.support.fake_fal import FakeFal
-from tests.support.sandbox_proxy import ASYNC, SandboxProxy, open_sandbox_proxy, until
+from tests.support.sandbox_proxy import ASYNC, SandboxProxy, open_sandbox_proxy
+from tests.support.waiting import SOON, wait_until
 
 JOBS = "/api/images/jobs"
 QUICK = {"prompt": "!delay 0 a heron", "image_size": {"width": 32, "height": 32}}
@@ -126,7 +127,7 @@ class TestPosition:
 
     async def test_is_left_out_when_the_job_runs(self, proxy: SandboxProxy) -> None:
         job_id = await start_endless(proxy)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(SOON):
             while (job := (await proxy.job(job_id)).document)["status"] != "running":
                 assert isinstance(job["position"], int)
                 await asyncio.sleep(0.01)
@@ -149,7 +150,9 @@ class TestCancellation:
 
     async def test_ends_the_request_that_waits_for_the_job(self, proxy: SandboxProxy) -> None:
         waiting = asyncio.ensure_future(proxy.generate("flux-dev", ENDLESS))
-        await until(lambda: any(seen.path.endswith("/status") for seen in proxy.model_requests))
+        await wait_until(
+            lambda: any(seen.path.endswith("/status") for seen in proxy.model_requests)
+        )
         (job,) = (await list_jobs(proxy))["jobs"]
         assert (await proxy.request("DELETE", f"{JOBS}/{job['jobId']}")).status == 200
         reply = await waiting
@@ -161,7 +164,7 @@ class TestCancellation:
         path = f"{JOBS}/{reply.document['jobId']}"
         reply = await proxy.request("DELETE", path)
         assert (reply.status, reply.document["error"]) == (200, CANCELLED)
-        await until(lambda: proxy.cancels == [202])
+        await wait_until(lambda: proxy.cancels == [202])
 
     async def test_of_one_of_two_equal_jobs_leaves_the_other(self, proxy: SandboxProxy) -> None:
         inputs = {"prompt": "!delay 0.4 a heron", "seed": 1}

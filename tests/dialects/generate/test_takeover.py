@@ -15,7 +15,8 @@ from falproxy.dialects.generate.takeover import FOLLOWED_MAX
 from falproxy.stores.ledger import JobRow, Lease
 from falproxy.stores.ledger.writer import LEDGER_WRITER
 from tests.support.fake_fal import FakeFal
-from tests.support.sandbox_proxy import ASYNC, SandboxProxy, open_sandbox_proxy, until
+from tests.support.sandbox_proxy import ASYNC, SandboxProxy, open_sandbox_proxy
+from tests.support.waiting import wait_until
 
 ENDPOINT, APP = "fal-ai/flux/dev", "fal-ai/flux"
 EXPIRED = Lease("dead", 0.0)
@@ -70,7 +71,7 @@ async def test_a_job_with_an_expired_lease_is_followed_to_its_result(proxy: Sand
     request_id = await submit(proxy, QUICK)
     await add_job(proxy, request_id)
     await use_api(proxy)
-    await until(lambda: statuses(proxy) == {request_id: "completed"})
+    await wait_until(lambda: statuses(proxy) == {request_id: "completed"})
     (row,) = proxy.jobs()
     assert row["settled"] == 25_000
     assert row["follower"] != EXPIRED.owner
@@ -83,7 +84,7 @@ async def test_a_failed_job_is_recorded_with_its_error(proxy: SandboxProxy) -> N
     request_id = await submit(proxy, "!delay 0 !error 422 content_policy_violation")
     await add_job(proxy, request_id)
     await use_api(proxy)
-    await until(lambda: statuses(proxy) == {request_id: "failed"})
+    await wait_until(lambda: statuses(proxy) == {request_id: "failed"})
     assert proxy.jobs()[0]["error"] == "content_policy_violation"
 
 
@@ -92,7 +93,7 @@ async def test_outputs_are_stored_under_the_url_of_the_first_request(tmp_path: P
         request_id = await submit(proxy, QUICK)
         await add_job(proxy, request_id)
         await use_api(proxy)
-        await until(lambda: statuses(proxy) == {request_id: "completed"})
+        await wait_until(lambda: statuses(proxy) == {request_id: "completed"})
         assert f'"{proxy.origin}/files/' in proxy.jobs()[0]["images"]
 
 
@@ -103,7 +104,7 @@ async def test_a_job_that_fal_never_accepted_is_failed_and_not_submitted(
     with closing(sqlite3.connect(proxy.data_dir / "ledger.sqlite")) as file, file:
         file.execute("UPDATE falproxy_jobs SET created_at = created_at - 301000")
     await use_api(proxy)
-    await until(lambda: statuses(proxy) == {None: "failed"})
+    await wait_until(lambda: statuses(proxy) == {None: "failed"})
     assert proxy.jobs()[0]["error"] == "job_lost"
     assert proxy.sandbox.seen == []
 
@@ -123,7 +124,7 @@ async def test_a_job_with_a_valid_lease_is_left_to_its_process(proxy: SandboxPro
     await add_job(proxy, leased, Lease("alive", 30.0))
     await add_job(proxy, expired)
     await use_api(proxy)
-    await until(lambda: statuses(proxy)[expired] == "completed")
+    await wait_until(lambda: statuses(proxy)[expired] == "completed")
     assert statuses(proxy)[leased] == "running"
     assert polls(proxy, leased) == 0
 
@@ -139,7 +140,7 @@ async def test_a_job_is_polled_with_the_access_of_its_owner(tmp_path: Path) -> N
         request_id = await submit(proxy, QUICK, ANN)
         await add_job(proxy, request_id, owner="key:ann")
         await use_api(proxy, BEN)
-        await until(lambda: statuses(proxy) == {request_id: "completed"})
+        await wait_until(lambda: statuses(proxy) == {request_id: "completed"})
 
 
 async def test_a_job_that_its_owner_may_not_poll_is_given_up(tmp_path: Path) -> None:
@@ -148,7 +149,7 @@ async def test_a_job_that_its_owner_may_not_poll_is_given_up(tmp_path: Path) -> 
         await add_job(proxy, foreign, owner="key:ann")
         await add_job(proxy, own, owner="key:ann")
         await use_api(proxy, BEN)
-        await until(lambda: statuses(proxy)[own] == "completed")
+        await wait_until(lambda: statuses(proxy)[own] == "completed")
         assert statuses(proxy)[foreign] == "running"
         assert polls(proxy, foreign) == 0
 
@@ -159,7 +160,7 @@ async def test_the_number_of_followed_jobs_is_bounded(tmp_path: Path) -> None:
         for _ in range(FOLLOWED_MAX + 5):
             await add_job(proxy, request_id)
         await use_api(proxy)
-        await until(lambda: polls(proxy, request_id) >= FOLLOWED_MAX)
+        await wait_until(lambda: polls(proxy, request_id) >= FOLLOWED_MAX)
         followers = [row["follower"] for row in proxy.jobs()]
         assert followers.count(EXPIRED.owner) == 5
         assert proxy.submits == 1
@@ -183,9 +184,9 @@ async def test_a_job_whose_result_could_not_be_fetched_is_followed(
     fal.respond = respond
     async with open_sandbox_proxy(tmp_path, upstream_origin=fal.origin) as proxy:
         await proxy.generate("flux-dev", {"prompt": QUICK}, ASYNC)
-        await until(lambda: "could not be fetched" in caplog.text)
+        await wait_until(lambda: "could not be fetched" in caplog.text)
         available.set()
-        await until(lambda: statuses(proxy) == {"1": "completed"})
+        await wait_until(lambda: statuses(proxy) == {"1": "completed"})
         assert [seen.method for seen in fal.seen].count("POST") == 1
 
 
@@ -195,7 +196,7 @@ async def test_followed_jobs_do_not_delay_the_shutdown(tmp_path: Path) -> None:
         request_id = await submit(proxy, ENDLESS)
         await add_job(proxy, request_id)
         await use_api(proxy)
-        await until(lambda: polls(proxy, request_id) > 0)
+        await wait_until(lambda: polls(proxy, request_id) > 0)
         started = time.monotonic()
     assert time.monotonic() - started < 5
     assert statuses(proxy) == {request_id: "running"}

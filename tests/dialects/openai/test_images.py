@@ -16,7 +16,6 @@ from falproxy.sandbox.model_metadata import openapi_document
 from falproxy.sandbox.models import MODELS
 from falproxy.stores.schema_files import SchemaFiles
 from tests.support.fake_fal import FakeFal
-from tests.support.js_world import until
 from tests.support.offline_fal import png
 from tests.support.openai_proxy import (
     DEV,
@@ -34,6 +33,7 @@ from tests.support.openai_proxy import (
     open_openai_proxy,
 )
 from tests.support.urls import PROXY
+from tests.support.waiting import wait_until
 
 
 class TestGenerations:
@@ -801,7 +801,7 @@ class TestDisconnectedClients:
             await proxy.client.with_options(max_retries=0).images.generate(
                 model=SCHNELL, prompt="!delay 30 a heron", n=5, timeout=0.5
             )
-        await until(lambda: [seen.method for seen in proxy.sandbox.seen].count("PUT") == 2)
+        await wait_until(lambda: [seen.method for seen in proxy.sandbox.seen].count("PUT") == 2)
         assert proxy.sandbox.jobs == 0
 
     async def test_a_client_that_disconnects_ends_the_stream(self, proxy: OpenAIProxy) -> None:
@@ -810,7 +810,7 @@ class TestDisconnectedClients:
         )
         await anext(aiter(stream))
         await stream.close()
-        await until(lambda: 499 in [seen.status for seen in proxy.sandbox.seen])
+        await wait_until(lambda: 499 in [seen.status for seen in proxy.sandbox.seen])
         assert proxy.sandbox.jobs == 0
 
 

@@ -11,11 +11,11 @@ import pytest
 from aiohttp import FormData, web
 
 from tests.support.fake_fal import FakeFal
-from tests.support.fake_queue import FakeQueue, wait_until
+from tests.support.fake_queue import FakeQueue
 from tests.support.gateway import Gateway, MakeGateway
 from tests.support.limits import HOUR, LONG
 from tests.support.offline_fal import png
-from tests.support.sandbox_proxy import SandboxProxy, data_uri, open_sandbox_proxy, until
+from tests.support.sandbox_proxy import SandboxProxy, data_uri, open_sandbox_proxy
 from tests.support.videos import (
     ENDLESS,
     HERON,
@@ -27,6 +27,7 @@ from tests.support.videos import (
     open_client,
     wait_video,
 )
+from tests.support.waiting import SOON, wait_until
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
 
@@ -136,7 +137,7 @@ class TestRequests:
         assert reply.status == 200, reply
         assert reply.document["status"] in ("queued", "in_progress")
         assert reply.document["object"] == "video"
-        await until(lambda: proxy.inputs)
+        await wait_until(lambda: proxy.inputs)
         assert proxy.inputs == [{"prompt": HERON, "duration": "5"}]
 
     @pytest.mark.parametrize("name", ["image_url", "tail_image_url"])
@@ -146,7 +147,7 @@ class TestRequests:
         sent = {"image_url": proxy.add_file(png("blue")), name: proxy.add_file(png("red"))}
         reply = await proxy.request("POST", VIDEOS, json={"prompt": HERON, **sent})
         assert reply.status == 200, reply
-        await until(lambda: proxy.inputs)
+        await wait_until(lambda: proxy.inputs)
         assert proxy.inputs == [{"prompt": HERON, **sent}]
         assert proxy.jobs()[0]["endpoint"] == KLING_I2V
 
@@ -166,7 +167,7 @@ class TestRequests:
         body = {"prompt": HERON, "input_reference": [value] if reference == ["url"] else value}
         reply = await proxy.request("POST", VIDEOS, json=body)
         assert reply.status == 200, reply
-        await until(lambda: proxy.inputs)
+        await wait_until(lambda: proxy.inputs)
         assert proxy.inputs == [{"prompt": HERON, "image_url": url}]
 
     @pytest.mark.parametrize(
@@ -238,7 +239,7 @@ class TestRequests:
         form = form_of({"prompt": HERON, "model": "kling-video", "cfg_scale": "0.25"})
         reply = await proxy.request("POST", VIDEOS, data=form)
         assert reply.status == 200, reply
-        await until(lambda: proxy.inputs)
+        await wait_until(lambda: proxy.inputs)
         assert proxy.inputs == [{"prompt": HERON, "cfg_scale": 0.25}]
 
     @pytest.mark.parametrize(
@@ -276,10 +277,10 @@ class TestState:
         async with open_sandbox_proxy(tmp_path, speed=1) as proxy, open_client(proxy) as client:
             video = await client.videos.create(prompt=ENDLESS)
             assert (video.status, video.progress) == ("queued", 0)
-            await until(lambda: proxy.jobs()[0]["request_id"])
+            await wait_until(lambda: proxy.jobs()[0]["request_id"])
             reply = await proxy.request("GET", f"{VIDEOS}/{video.id}/content")
             assert error_of(reply, 404)["code"] == "video_not_ready"
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(SOON):
                 while (await client.videos.retrieve(video.id)).status == "queued":
                     await asyncio.sleep(0.02)
             await client.videos.delete(video.id)
@@ -290,14 +291,14 @@ class TestState:
         self, proxy: SandboxProxy, client: openai.AsyncOpenAI
     ) -> None:
         video = await client.videos.create(prompt=HERON)
-        await until(lambda: proxy.jobs()[0]["status"] == "completed")
+        await wait_until(lambda: proxy.jobs()[0]["status"] == "completed")
         (listed,) = [each async for each in client.videos.list()]
         assert (listed.id, listed.status, listed.progress) == (video.id, "completed", 100)
 
     async def test_costs_are_reported(self, proxy: SandboxProxy) -> None:
         created = await proxy.request("POST", VIDEOS, json={"prompt": HERON, "seconds": "10"})
         assert created.headers["x-falproxy-cost"] == "0.70"
-        await until(lambda: proxy.jobs()[0]["status"] == "completed")
+        await wait_until(lambda: proxy.jobs()[0]["status"] == "completed")
         shown = await proxy.request("GET", f"{VIDEOS}/{created.document['id']}")
         assert shown.headers["x-falproxy-cost"] == "0.70"
         assert proxy.jobs()[0]["settled"] == 700_000
@@ -310,8 +311,8 @@ class TestState:
     ) -> None:
         async with open_sandbox_proxy(tmp_path, speed=1) as proxy, open_client(proxy) as client:
             video = await client.videos.create(prompt=prompt)
-            await until(lambda: proxy.jobs()[0]["request_id"])
-            await until(lambda: not is_done or proxy.sandbox.jobs)  # counted at their end
+            await wait_until(lambda: proxy.jobs()[0]["request_id"])
+            await wait_until(lambda: not is_done or proxy.sandbox.jobs)  # counted at their end
             await client.videos.delete(video.id)
             assert await proxy.wait_settled() == [cost]
             assert proxy.jobs() == []
@@ -383,7 +384,7 @@ class TestLimits:
                 reply = await proxy.request("POST", VIDEOS, json={"prompt": HERON})
                 assert reply.status == 200, reply
                 path = f"{VIDEOS}/{reply.document['id']}"
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(SOON):
                     while (await proxy.request("GET", path)).document["status"] != "completed":
                         await asyncio.sleep(0.02)
 
@@ -400,7 +401,7 @@ class TestContent:
     async def test_ranges_of_a_video_are_sent(self, stored: SandboxProxy) -> None:
         created = await stored.request("POST", VIDEOS, json={"prompt": HERON})
         path = f"{VIDEOS}/{created.document['id']}"
-        await until(lambda: stored.jobs()[0]["status"] == "completed")
+        await wait_until(lambda: stored.jobs()[0]["status"] == "completed")
         url = f"{stored.origin}{path}/content"
         async with stored.session.get(url) as response:
             whole = await response.read()
@@ -426,7 +427,7 @@ class TestContent:
     async def test_variants(self, proxy: SandboxProxy) -> None:
         created = await proxy.request("POST", VIDEOS, json={"prompt": HERON})
         path = f"{VIDEOS}/{created.document['id']}/content"
-        await until(lambda: proxy.jobs()[0]["status"] == "completed")
+        await wait_until(lambda: proxy.jobs()[0]["status"] == "completed")
         async with proxy.session.get(f"{proxy.origin}{path}?variant=video") as response:
             assert (response.status, response.content_type) == (200, "video/mp4")
         for variant in ("thumbnail", "spritesheet"):

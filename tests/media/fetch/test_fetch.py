@@ -46,6 +46,7 @@ from tests.support.fake_hosts import (
     redirect,
     reply,
 )
+from tests.support.waiting import wait_until
 
 DIGEST = hashlib.sha256(IMAGE).hexdigest()
 MAX = 1 << 20
@@ -470,9 +471,7 @@ async def test_reading_the_head_of_a_body_of_10_gb_closes_the_connection(
 ) -> None:
     world.public.responses["/endless"] = endless
     assert await fetcher.fetch_first_bytes(world.url("/endless"), 100_000) == bytes(100_000)
-    async with asyncio.timeout(2):
-        while world.public.open_now:
-            await asyncio.sleep(0)
+    await wait_until(lambda: not world.public.open_now)
 
 
 async def test_a_content_length_above_the_limit_is_refused_at_once(
@@ -731,9 +730,7 @@ async def start(
 ) -> asyncio.Task[FetchedDigest]:
     """Return the fetch as a task, after the host has received a request."""
     task = asyncio.create_task(coroutine)
-    async with asyncio.timeout(2):
-        while not host.seen:
-            await asyncio.sleep(0)
+    await wait_until(lambda: host.seen)
     return task
 
 
@@ -762,9 +759,7 @@ async def test_the_last_cancelled_caller_cancels_the_fetch(world: World, fetcher
     world.public.responses["/endless"] = endless
     task = await start(fetcher.fetch_digest(world.url("/endless"), 2**40), world.public)
     task.cancel()
-    async with asyncio.timeout(2):
-        while world.public.open_now:
-            await asyncio.sleep(0)
+    await wait_until(lambda: not world.public.open_now)
     world.public.responses["/endless"] = reply()
     assert (await fetcher.fetch_digest(world.url("/endless"), 2**40)).digest == DIGEST
 

@@ -14,7 +14,8 @@ from falproxy.stores.cache.circuit_breaker import (
     SLOW_SECONDS,
     StoreBreaker,
 )
-from tests.support.fake_store import STORE_DOWN, VIRTUAL_REQUEST, FakeStore, wait_until
+from tests.support.fake_store import STORE_DOWN, VIRTUAL_REQUEST, FakeStore
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.takes(seconds=1)
 

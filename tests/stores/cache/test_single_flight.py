@@ -24,13 +24,13 @@ from falproxy.stores.cache.single_flight import (
     SingleFlight,
 )
 from tests.support.fake_store import FakeStore
+from tests.support.waiting import SOON, wait_until
 
 KEY = "key"
 JOB = Job("job-1", "fal-ai/flux", "mark")
 RESULT = CachedResult(b"{}", "application/json", 1.0, 3600.0)
 GOOD = CallOutcome(RESULT)
 BAD = CallOutcome(failure=SharedFailure(500, "application/json", b"{}"))
-TIMEOUT = 20.0  # seconds, for a loaded machine
 
 
 class FakeCall:
@@ -68,14 +68,8 @@ class FakeCall:
 async def wait_done(single_flight: SingleFlight, call: FakeCall) -> CallOutcome:
     """Join as a waiting request."""
     shared_call = single_flight.join_or_start(KEY, call.fns)
-    async with shared_call.waiting(), asyncio.timeout(TIMEOUT):
+    async with shared_call.waiting(), asyncio.timeout(SOON):
         return await asyncio.shield(shared_call.done)
-
-
-async def wait_until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(TIMEOUT):
-        while not condition():
-            await asyncio.sleep(0.001)
 
 
 @pytest.fixture
@@ -198,7 +192,7 @@ async def test_another_process_gets_the_job_before_its_end(
     task = asyncio.ensure_future(wait_done(single_flight, call))
     await wait_until(lambda: call.awaited)
     shared_call = (await process()).join_or_start(KEY, other.fns)
-    async with shared_call.waiting(), asyncio.timeout(TIMEOUT):
+    async with shared_call.waiting(), asyncio.timeout(SOON):
         assert await asyncio.shield(shared_call.accepted) == JOB
         assert not shared_call.done.done()
         assert shared_call.is_job_stored
@@ -261,7 +255,7 @@ async def test_a_call_without_waiting_requests_is_not_sent(
     async with shared_call.waiting():
         await asyncio.sleep(0.01)
     store.running.set()
-    outcome = await asyncio.wait_for(shared_call.done, TIMEOUT)
+    outcome = await asyncio.wait_for(shared_call.done, SOON)
     assert call.sends == 0
     assert not outcome.was_executed
     assert store.flights == {}
@@ -276,7 +270,7 @@ async def test_a_pending_virtual_id_counts_as_waiting(
     async with shared_call.waiting():
         shared_call.pending_ids.add("an id")
     store.running.set()
-    assert await asyncio.wait_for(shared_call.done, TIMEOUT) == GOOD
+    assert await asyncio.wait_for(shared_call.done, SOON) == GOOD
 
 
 async def test_a_call_that_was_sent_is_completed_without_waiting_requests(
@@ -354,7 +348,7 @@ async def test_a_job_is_stored_after_the_recovery_of_the_store(
         assert await shared_call.accepted == JOB
     assert not shared_call.is_job_stored
     store.error = None
-    async with asyncio.timeout(RENEW_INTERVAL + TIMEOUT):
+    async with asyncio.timeout(RENEW_INTERVAL + SOON):
         while store.flights[KEY][0].job != JOB:
             await asyncio.sleep(0.05)
     assert f"renew_lease {LEASE_SECONDS}" in store.operations
@@ -387,7 +381,7 @@ async def test_a_direct_call_may_finish_during_shutdown(
     call.may_send.clear()
     task = asyncio.ensure_future(wait_done(single_flight, call))
     await wait_until(lambda: call.sends)
-    closing = asyncio.ensure_future(single_flight.close(TIMEOUT))
+    closing = asyncio.ensure_future(single_flight.close(SOON))
     await asyncio.sleep(0.02)
     call.may_send.set()
     await closing
@@ -418,6 +412,6 @@ async def test_a_frozen_store_does_not_block_the_shutdown(
     task = asyncio.ensure_future(wait_done(single_flight, call))
     await wait_until(lambda: call.awaited)
     store.running.clear()
-    async with asyncio.timeout(TIMEOUT):
+    async with asyncio.timeout(SOON):
         await single_flight.close(0.02)
         await task

@@ -13,9 +13,9 @@ from falproxy.stores.cache.circuit_breaker import SLOW_SECONDS, StoreBreaker
 from falproxy.stores.cache.redis import RedisStore
 from falproxy.stores.cache.virtual_requests import VirtualRequests, new_virtual_id
 from falproxy.stores.ownership import RequestOwnership
-from tests.support.fake_store import wait_until
 from tests.support.redis_server import redis_server
 from tests.support.tcp_forwarder import TcpForwarder
+from tests.support.waiting import SOON, wait_until
 
 pytestmark = pytest.mark.slow(seconds=5)
 
@@ -69,15 +69,9 @@ async def processes(
                 yield first, other, way
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.02)
-
-
 async def until_missing(process: Process, request_id: str) -> None:
     """Wait until it is certain that there is no such entry."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(SOON):
         while True:
             try:
                 is_found = await process.find(request_id)
@@ -96,12 +90,12 @@ async def test_an_entry_of_a_process_that_cannot_write_it_is_not_missing(
         for process in (first, other):
             await until_missing(process, REQUEST_ID)  # both have reported
         way.reply_delay = REPLY_DELAY
-        await until(lambda: first.breaker.is_open)
+        await wait_until(lambda: first.breaker.is_open)
         await first.add(REQUEST_ID)
         with pytest.raises((StoreError, TemporaryError)):
             await other.find(REQUEST_ID)
         way.reply_delay = 0.0
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(SOON):
             while not await finds(other):
                 await asyncio.sleep(0.05)
 
@@ -122,7 +116,7 @@ async def test_an_unknown_id_is_missing_again_when_all_processes_work(
     async with processes(create) as (first, other, way):
         await until_missing(first, REQUEST_ID)  # it has reported
         way.reply_delay = REPLY_DELAY
-        await until(lambda: first.breaker.is_open)
+        await wait_until(lambda: first.breaker.is_open)
         with pytest.raises((StoreError, TemporaryError)):
             await other.find(REQUEST_ID)
         way.reply_delay = 0.0
@@ -151,7 +145,7 @@ async def test_a_process_that_stops_writes_its_entries_although_it_skips_the_sto
             async with other.breaker:
                 async with first.breaker:
                     way.reply_delay = REPLY_DELAY
-                    await until(lambda: first.breaker.is_open)
+                    await wait_until(lambda: first.breaker.is_open)
                     await first.add(REQUEST_ID)
                     way.reply_delay = 0.0
                 assert await other.find(REQUEST_ID)
@@ -167,7 +161,7 @@ async def test_entries_of_a_process_with_a_slow_store_are_found(
         way.reply_delay = 3 * SLOW_SECONDS
         await wait_until(lambda: first.breaker.is_open)
         await first.add(REQUEST_ID)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(SOON):
             while True:
                 with suppress(StoreError, TemporaryError):
                     if await other.find(REQUEST_ID):

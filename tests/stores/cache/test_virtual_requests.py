@@ -27,7 +27,8 @@ from falproxy.stores.cache.virtual_requests import (
     size_in_memory,
 )
 from tests.support.fake_clock import FakeClock
-from tests.support.fake_store import STORE_DOWN, VIRTUAL_REQUEST, FakeStore, wait_until
+from tests.support.fake_store import STORE_DOWN, VIRTUAL_REQUEST, FakeStore
+from tests.support.waiting import wait_until
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ from tests.support.rehosting import (
     announce_length,
     name_of,
     png,
-    until,
 )
 from tests.support.storages import files_in
+from tests.support.waiting import wait_until
 
 LARGE = png() + bytes(300_000)  # beyond what a spool holds in memory
 
@@ -57,7 +57,7 @@ async def test_inputs_are_stored_once_they_are_accepted(inputs: InputStore, tmp_
     assert names(tmp_path) == set()
     accepted.decide(True)
     accepted.decide(False)  # too late
-    await until(lambda: names(tmp_path) == {name_of(png(1))})
+    await wait_until(lambda: names(tmp_path) == {name_of(png(1))})
     await inputs.close(1)
     assert names(tmp_path) == {name_of(png(1))}
 
@@ -70,7 +70,7 @@ async def test_a_failure_of_the_decision_is_a_refusal(
 
     pending = inputs.start([uri(png())])
     inputs.decide_by(pending, fail())
-    await until(lambda: pending.is_decided)
+    await wait_until(lambda: pending.is_decided)
     await inputs.close(1)
     assert "1 inputs were not stored: the result is not known" in caplog.text
     assert names(tmp_path) == set()
@@ -81,9 +81,9 @@ async def test_a_storage_that_is_down_gets_a_file_later(
 ) -> None:
     storage.error = "The disk is away."
     inputs.start([uri(png())]).decide(True)
-    await until(lambda: len(storage.puts) > 2)
+    await wait_until(lambda: len(storage.puts) > 2)
     storage.error = None
-    await until(lambda: names(tmp_path) == {name_of(png())})
+    await wait_until(lambda: names(tmp_path) == {name_of(png())})
 
 
 async def test_the_number_of_waiting_calls_is_bounded(
@@ -95,9 +95,9 @@ async def test_the_number_of_waiting_calls_is_bounded(
     assert "1 inputs are not stored: too many calls are running" in caplog.text
     for pending in waiting:
         pending.decide(False)
-    await until(lambda: inputs.start([]).is_decided is False)
+    await wait_until(lambda: inputs.start([]).is_decided is False)
     inputs.start([uri(png(3))]).decide(True)
-    await until(lambda: names(tmp_path) == {name_of(png(3))})
+    await wait_until(lambda: names(tmp_path) == {name_of(png(3))})
 
 
 @pytest.mark.parametrize(
@@ -117,16 +117,16 @@ async def test_the_bytes_of_waiting_inputs_are_bounded(
     inputs = open_inputs(**options)
     first = inputs.start([uri(content)])
     left = min(options.values()) - len(content)
-    await until(lambda: f"{left} bytes left" in repr(inputs))
+    await wait_until(lambda: f"{left} bytes left" in repr(inputs))
     inputs.start([uri(content + b"2")]).decide(True)  # given up before the first is decided about
-    await until(lambda: "holds as many large bodies" in caplog.text)
+    await wait_until(lambda: "holds as many large bodies" in caplog.text)
     assert not names(tmp_path)
     first.decide(True)
-    await until(lambda: repr(inputs).startswith("<InputStore 0 calls"))
+    await wait_until(lambda: repr(inputs).startswith("<InputStore 0 calls"))
     assert len(names(tmp_path)) == 1
     assert "holds as many large bodies as it can" in caplog.text
     inputs.start([uri(content + b"3")]).decide(True)  # nothing waits any more
-    await until(lambda: len(names(tmp_path)) == 2)
+    await wait_until(lambda: len(names(tmp_path)) == 2)
     await inputs.close(1)
 
 
@@ -135,7 +135,7 @@ async def test_a_file_that_is_too_large_is_not_read(
 ) -> None:
     url = cdn.serve_at("/large.png", announce_length(SIZE_MAX + 1))
     inputs.start([url]).decide(True)
-    await until(lambda: "An input was not stored: The file of the URL has more" in caplog.text)
+    await wait_until(lambda: "An input was not stored: The file of the URL has more" in caplog.text)
 
 
 async def test_one_failure_does_not_affect_the_other_inputs(
@@ -143,15 +143,15 @@ async def test_one_failure_does_not_affect_the_other_inputs(
 ) -> None:
     urls = [cdn.origin + "/missing.png", cdn.put("/a.png", png(1)), "data:image/png;base64,!"]
     inputs.start([*urls, uri(png(2))]).decide(True)
-    await until(lambda: names(tmp_path) == {name_of(png(1)), name_of(png(2))})
+    await wait_until(lambda: names(tmp_path) == {name_of(png(1)), name_of(png(2))})
 
 
 async def test_refused_inputs_are_not_read_on(inputs: InputStore, cdn: Cdn) -> None:
     gate = RequestGate()
     pending = inputs.start([cdn.serve_at("/slow.png", gate.serve)])
-    await until(lambda: gate.waiting)
+    await wait_until(lambda: gate.waiting)
     pending.decide(False)
-    await until(lambda: not gate.waiting)
+    await wait_until(lambda: not gate.waiting)
 
 
 async def test_an_equal_file_is_stored_once_within_an_hour(
@@ -159,8 +159,8 @@ async def test_an_equal_file_is_stored_once_within_an_hour(
 ) -> None:
     for _ in range(3):
         inputs.start([uri(png())]).decide(True)
-        await until(lambda: storage.puts)
-        await until(lambda: repr(inputs).startswith("<InputStore 0 calls"))
+        await wait_until(lambda: storage.puts)
+        await wait_until(lambda: repr(inputs).startswith("<InputStore 0 calls"))
     assert len(storage.puts) == 1
 
 
@@ -169,7 +169,7 @@ async def test_the_close_waits_for_what_can_be_stored(
 ) -> None:
     storage.gate.opened.clear()
     inputs.start([uri(png())]).decide(True)
-    await until(lambda: storage.gate.waiting)
+    await wait_until(lambda: storage.gate.waiting)
     closing = asyncio.create_task(inputs.close(5))
     await asyncio.sleep(0)
     storage.gate.opened.set()

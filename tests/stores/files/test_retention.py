@@ -16,14 +16,13 @@ from falproxy.stores.files.disk import DiskStorage
 from falproxy.stores.files.retention import collect_loop, files_retention_context
 from tests.support.settings import make_settings
 from tests.support.storages import body, file_of
+from tests.support.waiting import wait_until
 
 DAY = 86400.0
 
 
 async def until_gone(path: Path) -> None:
-    async with asyncio.timeout(10):
-        while path.exists():
-            await asyncio.sleep(0.01)
+    await wait_until(lambda: not path.exists())
 
 
 async def test_files_that_were_not_used_are_deleted_while_the_application_runs(
@@ -80,8 +79,6 @@ async def test_a_failed_collection_is_tried_again(
     caplog.set_level(logging.INFO)
     storage = FailingStorage(tmp_path, str)
     task = asyncio.create_task(collect_loop(storage, DAY, 0.001))
-    async with asyncio.timeout(10):
-        while storage.collections < 3:
-            await asyncio.sleep(0.01)
+    await wait_until(lambda: storage.collections >= 3)
     task.cancel()
     assert caplog.text.count("cannot be listed") == 1

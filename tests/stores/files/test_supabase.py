@@ -38,6 +38,7 @@ from tests.support.fake_supabase.faults import (
     respond,
 )
 from tests.support.key_search import SECRET
+from tests.support.waiting import wait_until
 
 BUCKET = "fal_images"
 KEY = f"sb_secret_{SECRET}"  # looked for in all logs of the run
@@ -909,9 +910,7 @@ async def slow_collection(
     fake.fail(delay(0.5), 1, method="DELETE", path=f"/object/{BUCKET}")
     async with asyncio.TaskGroup() as group:
         collecting = group.create_task(collect(storage))
-        async with asyncio.timeout(5):
-            while not fake.count("DELETE", "/object/"):
-                await asyncio.sleep(0.01)
+        await wait_until(lambda: fake.count("DELETE", "/object/"))
         yield collecting
 
 

@@ -24,6 +24,7 @@ from falproxy.stores.keys import known_keys as module
 from falproxy.stores.keys.known_keys import TRUST_SECONDS, KeyGrant, KnownKeys
 from falproxy.stores.keys.sql_keys import SqlKeyStore, choose_key_store
 from tests.support.fake_clock import FakeClock
+from tests.support.waiting import SOON, wait_until
 
 WEB = NewKey(name="web", creator="cli")
 
@@ -94,9 +95,7 @@ async def valid(known: KnownKeys, secret: str) -> KeyGrant:
 
 
 async def wait_until_ended(grant: KeyGrant) -> None:
-    async with asyncio.timeout(5):
-        while grant.is_valid():
-            await asyncio.sleep(0.005)
+    await wait_until(lambda: not grant.is_valid())
 
 
 async def test_a_new_key_is_found_at_once(known: KnownKeys, store: SqlKeyStore) -> None:
@@ -218,7 +217,7 @@ async def test_a_store_that_hangs_is_an_error_in_time(
             await known.find(new_secret())
     await valid(known, secret)
     flaky.hangs = False
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(SOON):
         while True:
             try:
                 assert await known.find(new_secret()) is None
@@ -250,9 +249,7 @@ async def test_a_key_created_during_a_read_is_found(
 async def test_without_keys_the_store_is_not_read_again(
     known: KnownKeys, store: SqlKeyStore, flaky: FlakyStore
 ) -> None:
-    async with asyncio.timeout(5):
-        while not flaky.reads:
-            await asyncio.sleep(0.005)
+    await wait_until(lambda: flaky.reads)
     await asyncio.sleep(0.2)
     assert flaky.reads == 1
     _, secret = await store.create(WEB)
@@ -271,9 +268,7 @@ async def test_the_last_use_is_written_later_and_rarely(
         grant = await valid(known, secret)
         assert grant.use()
         assert flaky.uses == []
-        async with asyncio.timeout(5):
-            while not flaky.uses:
-                await asyncio.sleep(0.01)
+        await wait_until(lambda: flaky.uses)
         for _ in range(20):
             assert grant.use()
             await asyncio.sleep(0.01)

@@ -16,6 +16,7 @@ from falproxy.stores.ledger import database as ledger_database
 from falproxy.stores.ledger.database import LedgerDatabase
 from falproxy.stores.ledger.sqlite import sqlite_database
 from falproxy.stores.sqlite_open import connect_file
+from tests.support.waiting import wait_until
 
 SHORT, ENDLESS = 200_000, 10**12  # rows to count
 COUNT = """
@@ -33,9 +34,8 @@ async def write(database: LedgerDatabase, rows: int) -> None:
 
 
 async def until_threads_ended(before: set[threading.Thread]) -> None:
-    async with asyncio.timeout(30):  # a thread ends just after it has reported
-        while set(threading.enumerate()) - before:
-            await asyncio.sleep(0.01)
+    # A thread ends just after it has reported
+    await wait_until(lambda: not set(threading.enumerate()) - before)
 
 
 @pytest.mark.parametrize("operate", [read, write])
@@ -112,9 +112,7 @@ class SlowDisk:
         return connect_file(file, timeout)
 
     async def until_opening(self) -> None:
-        async with asyncio.timeout(30):
-            while not self.is_opening.is_set():
-                await asyncio.sleep(0.01)
+        await wait_until(self.is_opening.is_set)
 
 
 @pytest.mark.parametrize("operate", [read, write])

@@ -12,6 +12,7 @@ from falproxy.stores.ledger import LedgerError
 from falproxy.stores.ledger.postgres import connect_error_message
 from falproxy.stores.ledger.sqlite import SqliteFactory
 from falproxy.stores.ledger.writer import choose_ledger
+from tests.support.waiting import wait_until
 
 CANARY = "c4nary"
 URLS = [
@@ -61,6 +62,5 @@ async def test_a_connection_is_terminated_if_its_caller_leaves_while_it_is_opene
         connecting.cancel()
         await asyncio.wait([connecting])
     await factory.wait_terminated()
-    async with asyncio.timeout(5):  # the thread ends just after it has reported
-        while set(threading.enumerate()) - before:
-            await asyncio.sleep(0.01)
+    # The thread ends just after it has reported
+    await wait_until(lambda: not set(threading.enumerate()) - before)

@@ -6,7 +6,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, closing
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from falproxy.stores.ledger.database import WRITE_TIMEOUT
 from falproxy.stores.ledger.statements import LEDGER_SCHEMA
 from falproxy.stores.ledger.writer import FLUSH_INTERVAL, LedgerWriter, choose_ledger
 from tests.support.postgres_server import PostgresServer, postgres_server
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -88,12 +89,6 @@ async def running(ledger: Ledger, grace_period: float = 10.0) -> AsyncIterator[L
         await writer.open()
         yield writer
         await writer.close(grace_period)
-
-
-async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 def record(n: int = 0) -> CallRecord:
@@ -165,18 +160,18 @@ async def test_no_rows_are_lost_when_the_server_restarts(
 ) -> None:
     async with running(choose_ledger(server.fresh(), tmp_path)) as writer:
         writer.enqueue(record(0))
-        await until(lambda: not writer.pending_rows)
+        await wait_until(lambda: not writer.pending_rows)
         server.stop()
         for n in range(1, 2001):
             writer.enqueue(record(n))
-        await until(lambda: writer.is_down)
+        await wait_until(lambda: writer.is_down)
         started = time.monotonic()
         for query in (writer.ledger.get_job("j", "ann"), writer.ledger.latest(ALL)):
             with pytest.raises(LedgerError):
                 await query
         assert time.monotonic() - started < 1
         server.start()
-        await until(lambda: not writer.pending_rows)
+        await wait_until(lambda: not writer.pending_rows)
         assert not writer.is_down
         times = [row.at for row in await writer.ledger.latest(ALL)]
         assert times == [1e9 + n for n in range(2000, -1, -1)]
@@ -191,7 +186,7 @@ async def test_rows_are_written_when_a_server_starts_after_the_writer(
         assert writer.is_down
         writer.enqueue(record())
         server.start()
-        await until(lambda: not writer.pending_rows)
+        await wait_until(lambda: not writer.pending_rows)
         assert len(await writer.ledger.latest(ALL)) == 1
 
 
@@ -215,8 +210,8 @@ async def test_a_frozen_server_does_not_delay_calls(tmp_path: Path, server: Post
             with pytest.raises(LedgerError, match="in time"):
                 await query
             assert time.monotonic() - started < WRITE_TIMEOUT + 2
-            await until(lambda: writer.is_down)
-        await until(lambda: not writer.pending_rows)
+            await wait_until(lambda: writer.is_down)
+        await wait_until(lambda: not writer.pending_rows)
         assert len(await writer.ledger.latest(ALL)) == 10_000
         assert await writer.ledger.get_job(job.id, "ann") is not None
 
@@ -245,8 +240,8 @@ async def test_a_lost_confirmation_does_not_duplicate_rows(
         CommitDropper.remaining = 1
         for n in range(100):
             writer.enqueue(record(n))
-        await until(lambda: writer.is_down)
-        await until(lambda: not writer.pending_rows)
+        await wait_until(lambda: writer.is_down)
+        await wait_until(lambda: not writer.pending_rows)
         assert len(await writer.ledger.latest(ALL)) == 100
     assert CommitDropper.remaining == 0
 

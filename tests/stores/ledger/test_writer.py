@@ -6,7 +6,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +40,7 @@ from falproxy.stores.ledger.writer import (
 )
 from tests.support.key_search import CANARY
 from tests.support.ports import free_port
+from tests.support.waiting import SOON, wait_until
 
 ALL = UsageQuery(limit=100_000)
 DAY = 86400.0
@@ -71,12 +72,6 @@ async def count(ledger: Ledger) -> int:
     return totals.calls
 
 
-async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.01)
-
-
 def block(file: Path) -> None:
     """Make the ledger unavailable with a folder in place of its file."""
     file.mkdir(parents=True)
@@ -89,7 +84,7 @@ async def test_a_record_is_written_after_the_flush_interval(file: Path) -> None:
         writer.enqueue(Outcome(request_id="r", status=200))
         assert writer.pending_rows == 2
         started = time.monotonic()
-        await until(lambda: not writer.pending_rows)
+        await wait_until(lambda: not writer.pending_rows)
         assert FLUSH_INTERVAL - 0.05 <= time.monotonic() - started < FLUSH_INTERVAL + 1
         assert await count(writer.ledger) == 1
 
@@ -100,7 +95,7 @@ async def test_a_full_batch_is_written_at_once(file: Path) -> None:
         for n in range(4 * BATCH_SIZE):
             writer.enqueue(record(n))
         started = time.monotonic()
-        await until(lambda: not writer.pending_rows)
+        await wait_until(lambda: not writer.pending_rows)
         assert time.monotonic() - started < FLUSH_INTERVAL
         assert await count(writer.ledger) == 4 * BATCH_SIZE
 
@@ -133,7 +128,7 @@ async def test_rows_are_written_when_an_unavailable_ledger_recovers(
         assert writer.is_down
         assert writer.pending_rows == 3000
         file.rmdir()
-        await until(lambda: not (writer.pending_rows or writer.is_down))
+        await wait_until(lambda: not (writer.pending_rows or writer.is_down))
         assert await count(writer.ledger) == 3000
     warnings = [line.message for line in caplog.records if line.levelno == logging.WARNING]
     assert len(warnings) == 2
@@ -150,7 +145,7 @@ async def test_a_full_queue_drops_the_oldest_rows(
             writer.enqueue(record(n))
         assert (writer.pending_rows, writer.dropped) == (100, 50)
         file.rmdir()
-        await until(lambda: not writer.pending_rows)
+        await wait_until(lambda: not writer.pending_rows)
         written = [row.at - 1e9 for row in await writer.ledger.latest(ALL)]
         assert written == list(range(149, 49, -1))
     assert "50 rows were dropped" in caplog.text
@@ -162,12 +157,12 @@ async def test_waiting_rows_are_bounded_in_bytes(file: Path) -> None:
         for n in range(50):
             long = "a" * 30_000
             writer.enqueue(replace(record(n), principal=long, endpoint=long, user_id=long))
-        await until(lambda: writer.is_down)
+        await wait_until(lambda: writer.is_down)
         rows = [*writer._queue, *writer._batch]
         assert len(rows) == 50
         assert max(len(repr(row)) for row in rows) < 3000
         file.rmdir()
-        await until(lambda: not writer.pending_rows)
+        await wait_until(lambda: not writer.pending_rows)
 
 
 async def test_a_slow_ledger_is_logged_once(file: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -175,7 +170,7 @@ async def test_a_slow_ledger_is_logged_once(file: Path, caplog: pytest.LogCaptur
         for _ in range(3):
             for n in range(BATCH_SIZE + 100):
                 writer.enqueue(record(n))
-            await until(lambda: not writer.pending_rows)
+            await wait_until(lambda: not writer.pending_rows)
         assert writer.dropped == 300
     assert caplog.text.count("too slow") == 1
 
@@ -212,11 +207,11 @@ async def test_rows_are_written_when_another_process_releases_its_lock(file: Pat
         other = sqlite3.connect(file, isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
         writer.enqueue(record())
-        await until(lambda: writer.is_down)
+        await wait_until(lambda: writer.is_down)
         assert await count(writer.ledger) == 0  # readers are not blocked
         other.execute("ROLLBACK")
         other.close()
-        await until(lambda: not writer.pending_rows)
+        await wait_until(lambda: not writer.pending_rows)
         assert await count(writer.ledger) == 1
 
 
@@ -226,8 +221,8 @@ async def test_rows_are_written_after_the_disk_was_full(file: Path) -> None:
         await writer.ledger._database.execute("PRAGMA max_page_count = 1")  # type: ignore[attr-defined]
         for n in range(2000):
             writer.enqueue(record(n, endpoint="x" * 400))
-        await until(lambda: writer.is_down)
-        await until(lambda: not writer.pending_rows)  # the next connection has no limit
+        await wait_until(lambda: writer.is_down)
+        await wait_until(lambda: not writer.pending_rows)  # the next connection has no limit
         assert await count(writer.ledger) == 2001
 
 
@@ -243,7 +238,7 @@ async def test_enqueue_takes_microseconds(file: Path) -> None:
         created = [record(n) for n in range(10_000)]
         create_seconds = (time.perf_counter() - started) / len(created)
         started = time.perf_counter()
-        await until(lambda: not writer.pending_rows)
+        await wait_until(lambda: not writer.pending_rows)
         print(f"enqueue {enqueue_seconds * 1e6:.2f} µs, create {create_seconds * 1e6:.2f} µs,"
               f" 10000 written in {time.perf_counter() - started:.2f} s")  # fmt: skip
     assert enqueue_seconds < 20e-6
@@ -270,7 +265,7 @@ async def test_records_older_than_the_retention_are_deleted(file: Path) -> None:
     async with writer.ledger:
         await writer.open()
         writer.enqueue(CallRecord(at=time.time() - 1 * DAY, route="proxy", status=200))
-        await until(lambda: not writer.pending_rows)
+        await wait_until(lambda: not writer.pending_rows)
         await writer.close(5)
         assert await count(writer.ledger) == 1
 
@@ -388,6 +383,6 @@ async def test_an_application_deletes_records_older_than_its_setting(file: Path)
             "FALPROXY_DATA_DIR": str(file.parent),
             "FALPROXY_LEDGER_RETENTION": f"{age / 3600 - 1:g}h",
         }
-        async with TestServer(create_app(Settings.from_env(env))), asyncio.timeout(10):
+        async with TestServer(create_app(Settings.from_env(env))), asyncio.timeout(SOON):
             while await count(ledger) != 1:
                 await asyncio.sleep(0.01)
