@@ -109,7 +109,10 @@ class CacheDatabase:
         *args: Params.args,
         **kwargs: Params.kwargs,
     ) -> "asyncio.Future[ReturnT]":
-        """Return the result of `work`, which runs in the file's thread after earlier work."""
+        """Return the result of `work`, which runs in the file's thread after earlier work.
+
+        Raises: StoreError.
+        """
 
         def attempt() -> ReturnT:
             try:
@@ -120,7 +123,11 @@ class CacheDatabase:
                 ) from error
 
         self._has_thread = True
-        return asyncio.get_running_loop().run_in_executor(self._executor, attempt)
+        loop = asyncio.get_running_loop()
+        try:
+            return loop.run_in_executor(self._executor, attempt)
+        except RuntimeError as error:  # of an executor that has been shut down
+            raise StoreError(f"{self._file.name} in FALPROXY_DATA_DIR is closed") from error
 
     async def close(self) -> None:
         if self._has_thread:

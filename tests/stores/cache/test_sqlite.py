@@ -212,6 +212,13 @@ async def test_a_file_that_cannot_be_used_is_used_once_it_can(
         assert StoreError not in {type(outcome) for outcome in await call_every_method(store)}
 
 
+async def test_every_operation_of_a_closed_store_is_an_error(file: Path) -> None:
+    async with SqliteStore(file, max_size=1000) as store:
+        await store.finish("k", "a", result())
+    outcomes = await call_every_method(store)
+    assert {type(outcome) for outcome in outcomes} == {StoreError}, outcomes
+
+
 async def test_a_file_that_is_locked_too_long_is_an_error(file: Path) -> None:
     async with SqliteStore(file, max_size=1000) as store:
         await store.finish("k", "a", result(stored_at=time.time()))
