@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+ItemT = TypeVar("ItemT")
 KeyT = TypeVar("KeyT", bound=Hashable)
 
 # Seconds until tasks that do not end are abandoned, and between two cancellations of a task. In the
@@ -51,6 +52,29 @@ async def offload(document: bytes, work: Callable[[], T]) -> T:
     """Return the result of `work`, run in a thread if the document is large, so that it does not
     block the event loop."""
     return work() if len(document) < OFFLOAD_MIN else await asyncio.to_thread(work)
+
+
+async def map_concurrently(
+    function: Callable[[ItemT], Awaitable[T]], items: Iterable[ItemT], limit: int
+) -> list[T]:
+    """Return the results of `function` for the items, in their order.
+
+    limit: of the calls that run at once.
+
+    Raises: the first error of a call, after the other calls were cancelled.
+    """
+    slots = asyncio.Semaphore(limit)
+
+    async def call(item: ItemT) -> T:
+        async with slots:
+            return await function(item)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(call(item)) for item in items]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
 
 
 async def wait_while_responsive(

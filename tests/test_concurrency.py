@@ -1,11 +1,16 @@
-"""The end of tasks: a cancellation that is lost, and a close that hangs."""
+"""Calls at once, and the end of tasks: a cancellation that is lost, and a close that hangs."""
 
 import asyncio
 import time
 
 import pytest
 
-from falproxy.concurrency import ResponsiveTimeout, cancel_tasks, close_within
+from falproxy.concurrency import (
+    ResponsiveTimeout,
+    cancel_tasks,
+    close_within,
+    map_concurrently,
+)
 
 
 async def swallow(times: int) -> None:
@@ -93,3 +98,59 @@ async def test_a_timeout_ends_what_begins_after_its_close() -> None:
             await asyncio.sleep(60)
     assert time.monotonic() - started < 5
     limits.close()
+
+
+async def test_results_are_in_the_order_of_the_items() -> None:
+    async def wait(seconds: float) -> float:
+        await asyncio.sleep(seconds)
+        return seconds
+
+    assert await map_concurrently(wait, [0.03, 0.0, 0.02], limit=3) == [0.03, 0.0, 0.02]
+    assert await map_concurrently(wait, [], limit=3) == []
+
+
+async def test_no_more_calls_run_at_once_than_the_limit() -> None:
+    running, most = 0, 0
+
+    async def count(_: int) -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0.001)
+        running -= 1
+
+    await map_concurrently(count, range(20), limit=4)
+    assert most == 4
+
+
+async def test_the_first_error_is_raised_after_the_other_calls_have_ended() -> None:
+    ended = []
+
+    async def fail(number: int) -> None:
+        try:
+            await asyncio.sleep(60 if number else 0)
+        finally:
+            ended.append(number)
+        raise ValueError(number)
+
+    with pytest.raises(ValueError, match="0") as caught:
+        await map_concurrently(fail, range(3), limit=3)
+    assert caught.value.__suppress_context__
+    assert sorted(ended) == [0, 1, 2]
+
+
+async def test_a_cancellation_ends_all_calls() -> None:
+    cancelled = 0
+
+    async def wait(_: int) -> None:
+        nonlocal cancelled
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            cancelled += 1
+            raise
+
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.01):
+            await map_concurrently(wait, range(3), limit=3)
+    assert cancelled == 3

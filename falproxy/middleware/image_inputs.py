@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from falproxy.errors import ProxyError
+from falproxy.concurrency import map_concurrently
 from falproxy.fal.estimates import call_inputs
 from falproxy.fal.file_urls import is_fal_file
 from falproxy.fal.image_fields import may_contain_images
@@ -297,26 +297,14 @@ class ImageCheck:
         if len(self._remote_urls) > REMOTE_MAX:
             self._is_fully_digested = False
             return
-        slots = asyncio.Semaphore(FETCH_CONCURRENCY)
-
-        async def fetch_in_slot(url: str, loc: Loc) -> None:
-            async with slots:
-                await self._fetch_image(url, loc)
-
-        refusal: Exception | None = None
         try:
-            async with asyncio.timeout(REMOTE_TIMEOUT), asyncio.TaskGroup() as group:
-                for loc, url in self._remote_urls.items():
-                    group.create_task(fetch_in_slot(url, loc))
-        except* ProxyError as refusals:
-            # Not raised here: Python before 3.11.4 would put it in a group.
-            refusal = refusals.exceptions[0]
-        except* TimeoutError:
+            async with asyncio.timeout(REMOTE_TIMEOUT):
+                await map_concurrently(self._fetch_image, self._remote_urls, FETCH_CONCURRENCY)
+        except TimeoutError:
             self._is_fully_digested = False
-        if refusal is not None:
-            raise refusal
 
-    async def _fetch_image(self, url: str, loc: Loc) -> None:
+    async def _fetch_image(self, loc: Loc) -> None:
+        url = self._remote_urls[loc]
         try:
             if self._needs_digest:
                 fetched = await self._fetcher.fetch_digest(url, self._limits.max_bytes)

@@ -1,10 +1,10 @@
 """The models that requests may name."""
 
-import asyncio
 import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from falproxy.concurrency import map_concurrently
 from falproxy.dialects.openai.errors import ImagesError, invalid_parameter, model_not_found
 from falproxy.fal.endpoint import DEFAULT_MODELS, NamedEndpoint, is_endpoint
 from falproxy.fal.model_schema import IMAGE_INPUTS, ModelSchema
@@ -21,6 +21,7 @@ KIND_OUTPUTS: Mapping[Kind, tuple[str, ...]] = {
     "video": ("video", "videos", "video_url", "output_video", "output"),
     "audio": ("audio", "audio_file", "audio_url", "audios", "output"),
 }
+SCHEMA_CONCURRENCY = 8  # schemas that are fetched at once
 KIND_NAMES: Mapping[Kind, str] = {"video": "videos", "audio": "sound", "image": "images"}
 
 
@@ -81,12 +82,10 @@ class ModelResolver:
             return model
         if not self.names.endpoint_by_name:
             raise invalid_parameter("model", "Name the model.", "missing_required_parameter")
-        async with asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(self.resolve(upstream, listed, endpoint))
-                for listed, endpoint in self.names.endpoint_by_name.items()
-            ]
-        models = [task.result() for task in tasks]
+        listed = self.names.endpoint_by_name.items()
+        models = await map_concurrently(
+            lambda item: self.resolve(upstream, *item), listed, SCHEMA_CONCURRENCY
+        )
         makers = [model for model in models if model.makes("image")]
         return next((each for each in makers if needs_image(each) is accepts_image), models[0])
 

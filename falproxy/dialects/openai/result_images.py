@@ -4,9 +4,11 @@ import asyncio
 import base64
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from aiohttp import web
 
+from falproxy.concurrency import map_concurrently
 from falproxy.errors import ProxyError
 from falproxy.fal.results import IMAGE_KEY, IMAGES_KEY, FalImage, parse_dimension
 from falproxy.json_object import parse_object
@@ -96,23 +98,7 @@ class ImageReader:
 
         Raises: ProxyError 502.
         """
-        slots = asyncio.Semaphore(MAX_CONCURRENCY)
-
-        async def read_in_slot(url: str) -> str:
-            async with slots:
-                return await self.read(request, url)
-
-        first_error: Exception | None = None
-        tasks: list[asyncio.Task[str]] = []
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(read_in_slot(url)) for url in urls]
-        except* ProxyError as errors:
-            # Not raised here: Python before 3.11.4 would put it in a group.
-            first_error = errors.exceptions[0]
-        if first_error is not None:
-            raise first_error
-        return [task.result() for task in tasks]
+        return await map_concurrently(partial(self.read, request), urls, MAX_CONCURRENCY)
 
     async def read(self, request: web.Request, url: str) -> str:
         """Return an image in base64. Raises: ProxyError 502 `picture_unreadable`."""
