@@ -234,7 +234,7 @@ async function readCalls(page) {
     return null;
   }
   const focused = await focusedAfterUpdate(page, show);
-  await show.press("Enter");
+  await clickDuringUpdate(page, show);
   const chips = page.locator("#latest tbody .chip");
   await page.waitForFunction(() => document.querySelectorAll("#latest tbody .chip.good").length === 0);
   const filtered = await chips.allInnerTexts();
@@ -271,6 +271,19 @@ async function focusedAfterUpdate(page, button) {
   });
   await page.locator("[data-is-old]").waitFor({ state: "detached" });
   return page.evaluate(() => document.activeElement.getAttribute("aria-label"));
+}
+
+/** Click a button of a table, with an update between the press and the release of the mouse. */
+async function clickDuringUpdate(page, button) {
+  await button.hover();
+  await page.mouse.down();
+  await page.locator("#endpoints table").evaluate((table) => {
+    table.dataset.isOld = "";
+    window.dispatchEvent(new Event("falproxy:wake"));
+  });
+  await page.locator("[data-is-old]").waitFor({ state: "detached" });
+  await page.waitForLoadState("networkidle");
+  await page.mouse.up();
 }
 
 /** Return the file of each visible button for CSV, by its name. The list of calls is left out. */

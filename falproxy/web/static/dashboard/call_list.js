@@ -8,7 +8,7 @@ import { saveFile } from "./csv.js";
 import { statusClass } from "./failures.js";
 import { errorMessage } from "./form_dialog.js";
 import { formatDuration, formatUsd, formatWhen, NONE } from "./format.js";
-import { replaceContent } from "./tables.js";
+import { replaceContent } from "./replace_content.js";
 import { rangeQuery } from "./time_range.js";
 
 const PATH = "api/usage/calls";
@@ -172,11 +172,7 @@ async function exportCalls() {
 }
 
 function render(page) {
-  const columns = COLUMNS.filter(({ name }) => chosen.has(name));
-  replaceContent(
-    byId("latest"),
-    calls.length === 0 ? el("p", { className: "muted" }, emptyText()) : table(columns),
-  );
+  replaceContent(byId("latest"), createList);
   byId("more-calls").hidden = next === null;
   const searched = formatWhen(new Date(page.searched_until));
   byId("calls-note").textContent =
@@ -185,6 +181,11 @@ function render(page) {
       : calls.length === 0
         ? ""
         : `${calls.length} calls shown.`;
+}
+
+function createList() {
+  const columns = COLUMNS.filter(({ name }) => chosen.has(name));
+  return calls.length === 0 ? el("p", { className: "muted" }, emptyText()) : table(columns);
 }
 
 function emptyText() {
@@ -262,10 +263,7 @@ function columnCheckbox({ name, label }) {
     }
     storeColumns();
     if (isLoaded) {
-      const columns = COLUMNS.filter((column) => chosen.has(column.name));
-      byId("latest").replaceChildren(
-        calls.length === 0 ? el("p", { className: "muted" }, emptyText()) : table(columns),
-      );
+      replaceContent(byId("latest"), createList);
     }
   };
   const id = `column-${name}`;

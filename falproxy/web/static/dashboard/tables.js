@@ -4,6 +4,7 @@ import { showApiCalls } from "./api_calls.js";
 import { budgetCell, budgetName, loadSpending } from "./budgets.js";
 import { addExportButton } from "./csv.js";
 import { formatCount, formatDuration, formatPercent, formatUsd, NONE } from "./format.js";
+import { replaceContent } from "./replace_content.js";
 
 const TOTALS = [
   ["Errors", (row) => formatCount(row.errors)],
@@ -177,19 +178,10 @@ export function setTable(id, headings, lines, textColumns = [], emptyText = "Not
   );
   const container = byId(id);
   if (lines.length === 0) {
-    container.replaceChildren(el("p", { className: "muted" }, emptyText));
+    replaceContent(container, () => el("p", { className: "muted" }, emptyText));
     return;
   }
   const rows = lines.map((cells) => el("tr", {}, ...cells));
-  const table = el("table", {}, el("thead", {}, el("tr", {}, ...head)), el("tbody", {}, ...rows));
-  replaceContent(container, table);
-}
-
-/** Replace what is in an element. What has the focus there keeps it, if it has an id. */
-export function replaceContent(container, content) {
-  const focusedId = container.contains(document.activeElement) ? document.activeElement.id : "";
-  container.replaceChildren(content);
-  if (focusedId) {
-    byId(focusedId)?.focus();
-  }
+  const body = el("tbody", {}, ...rows);
+  replaceContent(container, () => el("table", {}, el("thead", {}, el("tr", {}, ...head)), body));
 }
