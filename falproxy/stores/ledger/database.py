@@ -86,7 +86,7 @@ class ConnectionSlot:
         self._timeout = timeout
         self._lock = asyncio.Lock()
         self._connection: DbConnection | None = None
-        self._opening: asyncio.Future[DbConnection] | None = None
+        self._openings: set[asyncio.Future[DbConnection]] = set()  # also of callers that have left
         self._running: DbConnection | None = None  # of the operation in progress
         self._closings = 0  # calls of `close`
 
@@ -124,11 +124,17 @@ class ConnectionSlot:
         return result
 
     async def _open(self) -> DbConnection:
-        self._opening = asyncio.ensure_future(self._connect())
+        opening = asyncio.ensure_future(self._connect())
+        self._openings.add(opening)
+        opening.add_done_callback(self._openings.discard)
         try:
-            return await unless_closed(self._opening)
-        finally:
-            self._opening = None
+            return await unless_closed(opening)
+        except BaseException:
+            if opening.done():  # the caller has left in the moment in which it was opened
+                terminate_opened(opening)
+            else:
+                opening.add_done_callback(terminate_opened)
+            raise
 
     def discard(self) -> None:
         """Close an idle connection: it may lead to a server that is not used any more."""
@@ -142,9 +148,10 @@ class ConnectionSlot:
         with suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_TIMEOUT), self._lock:
                 pass
-        if self._opening is not None:
-            self._opening.cancel()
-            await asyncio.wait((self._opening,), timeout=CLOSE_TIMEOUT)
+        if openings := (*self._openings,):
+            for opening in openings:
+                opening.cancel()
+            await asyncio.wait(openings, timeout=CLOSE_TIMEOUT)
         if self._running is not None:
             self._running.terminate()
         await self.close_idle()
@@ -309,6 +316,12 @@ class LedgerDatabase:
             row = (self._schema.version_table, version)
             rows = await connection.fetch(SELECT_MIN_READER, row)
         return rows[0][0] if rows else version
+
+
+def terminate_opened(opening: asyncio.Future[DbConnection]) -> None:
+    """Terminate the connection that has been opened, unless that has failed."""
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().terminate()
 
 
 async def unless_closed(work: Awaitable[ReturnT]) -> ReturnT:

@@ -13,7 +13,7 @@ import pytest
 
 from falproxy.stores.ledger import LedgerError, sqlite
 from falproxy.stores.ledger import database as ledger_database
-from falproxy.stores.ledger.database import LedgerDatabase
+from falproxy.stores.ledger.database import DbConnection, LedgerDatabase
 from falproxy.stores.ledger.sqlite import sqlite_database
 from falproxy.stores.sqlite_open import connect_file
 from tests.support.waiting import wait_until
@@ -149,6 +149,39 @@ async def test_a_caller_that_leaves_a_slow_disk_is_cancelled(
     disk.release.set()
     await write(database, 1)
     await database.close()
+
+
+@pytest.mark.parametrize("operate", [read, write])
+@pytest.mark.parametrize("turns", [0, 1, 2, 3, 5])
+async def test_a_caller_may_leave_when_its_connection_has_just_been_opened(
+    tmp_path: Path, operate: Callable[[LedgerDatabase, int], Awaitable[None]], turns: int
+) -> None:
+    """turns: of the event loop, from then until the caller leaves."""
+    before = set(threading.enumerate())
+    database = sqlite_database(tmp_path / "ledger.sqlite")
+    await write(database, 1)  # creates the schema
+    await database.close()
+    loop = asyncio.get_running_loop()
+    running: asyncio.Future[None] = asyncio.ensure_future(operate(database, SHORT))
+    slot = database._writer if operate is write else database._reader
+    connect = slot._connect
+
+    def leave(turns: int) -> None:
+        if turns:
+            loop.call_soon(leave, turns - 1)
+        else:
+            running.cancel()
+
+    async def connect_and_leave() -> DbConnection:
+        connection = await connect()
+        loop.call_soon(leave, turns)
+        return connection
+
+    slot._connect = connect_and_leave
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    await database.close()
+    await until_threads_ended(before)
 
 
 async def test_the_end_waits_for_threads_in_spite_of_a_pause_of_the_process(
