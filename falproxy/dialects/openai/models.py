@@ -21,8 +21,8 @@ KIND_OUTPUTS: Mapping[Kind, tuple[str, ...]] = {
     "video": ("video", "videos", "video_url", "output_video", "output"),
     "audio": ("audio", "audio_file", "audio_url", "audios", "output"),
 }
-SCHEMA_CONCURRENCY = 8  # schemas that are fetched at once
 KIND_NAMES: Mapping[Kind, str] = {"video": "videos", "audio": "sound", "image": "images"}
+SCHEMA_CONCURRENCY = 8  # schemas that are fetched at once
 
 
 class ModelNames:
