@@ -5,6 +5,7 @@ import json
 import re
 from configparser import ConfigParser
 from fnmatch import fnmatch
+from os.path import normpath
 from pathlib import Path
 
 import pytest
@@ -281,6 +282,26 @@ def test_all_files_are_in_the_package(root: Path) -> None:
     patterns = [p.strip() for p in config["options.package_data"]["falproxy.web"].split(",")]
     for name in FILES:
         assert any(fnmatch(f"static/{name}", pattern) for pattern in patterns), name
+
+
+def imports_of(name: str) -> set[str]:
+    """Return the modules that a module imports before it runs."""
+    text = (WEB / name).read_text()
+    paths = re.findall(r'^(?:import|export)\b[^;"]*"(\.\.?/[^"]+)";', text, re.MULTILINE)
+    return {normpath(Path(name).parent / path) for path in paths}
+
+
+@pytest.mark.parametrize("name", ["index.html", "dashboard.html"])
+def test_a_page_preloads_all_modules_that_it_needs(name: str) -> None:
+    """Otherwise, each further level of imports is a round trip."""
+    text = (WEB / name).read_text()
+    (entry,) = re.findall(r'<script type="module" src="web/([^"]+)">', text)
+    needed, found = set[str](), {entry}
+    while found:
+        needed |= found
+        found = set[str]().union(*map(imports_of, found)) - needed
+    preloaded = re.findall(r'<link rel="modulepreload" href="web/([^"]+)">', text)
+    assert sorted(preloaded) == sorted(needed - {entry})
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.endswith(".js")])
