@@ -743,7 +743,7 @@ async def test_a_silent_fal_is_a_504(make: Make, fal: ScriptedFal, request_bytes
     response = await client.request(request_bytes)
     assert b" 504 " in response
     assert b"upstream_timeout" in response
-    assert 0.25 < time.monotonic() - started < 2.0
+    assert 0.25 < time.monotonic() - started < TIMEOUT
     assert (b"x-fal-request-timeout-type: user" in response) == request_bytes.startswith(b"POST")
     assert proxy.fast_path_hits == 1
     assert len(fal.seen) == 2
@@ -1154,13 +1154,14 @@ async def test_a_fallback_keeps_the_timings(make: Make, fal: ScriptedFal) -> Non
     fal.respond = respond
     started = time.time()
     await client.request(submit())
+    elapsed = time.time() - started
     await wait_until(lambda: len(proxy.ledger_rows()) == 2)
     with sqlite3.connect(proxy.folder / "ledger.sqlite") as ledger:
         at, seconds, upstream = ledger.execute(
             "SELECT at, seconds, upstream_seconds FROM falproxy_entries ORDER BY rowid DESC"
         ).fetchone()
-    assert at / 1000 == pytest.approx(started, abs=0.1)
-    assert 0.19 < upstream <= seconds < 2.0
+    assert -0.01 < at / 1000 - started < elapsed
+    assert 0.19 < upstream <= seconds < elapsed
 
 
 async def test_an_idle_connection_frees_its_last_request(make: Make, fal: ScriptedFal) -> None:

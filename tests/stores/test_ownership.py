@@ -232,9 +232,7 @@ async def test_owners_are_written_after_a_lock_and_found_by_other_processes(
     with locked(file):
         started = time.monotonic()
         await asyncio.gather(*(ownership.add(str(n), ANN) for n in range(20)))
-        assert time.monotonic() - started < 2 * BUSY_TIMEOUT + 0.5, (
-            "they wait for the lock together"
-        )
+        assert time.monotonic() - started < 10 * BUSY_TIMEOUT, "they wait for the lock together"
         await assert_unavailable(other, "1")
         waiting = asyncio.create_task(other.get("2"))
         await asyncio.sleep(1.0)
