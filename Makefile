@@ -25,8 +25,9 @@ test: .venv/dev .venv/fal_client/1.0.0 browser postgres reverse-proxies
 	$(BIN)/python -m pytest -m timed --numprocesses 4 --dist worksteal \
 		$$(grep -rlE "mark\.timed" tests --include=test_*.py)
 
-# Rules and contracts, without the tests that start processes or take long.
-FAST := contracts fal media stores test_*.py server/test_memory.py \
+# Rules, and contracts of the stores, without the tests that start processes or take long, as those of one store
+# do: most of them wait.
+FAST := contracts fal media test_*.py server/test_memory.py \
 	proxy/test_headers.py proxy/test_direct_write.py dialects/kontext/test_requests.py \
 	dialects/openai/test_errors.py dialects/openai/test_model_inputs.py
 test-fast: .venv/dev
