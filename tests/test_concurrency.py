@@ -35,7 +35,7 @@ async def test_a_task_that_never_ends_is_abandoned(caplog: pytest.LogCaptureFixt
     await asyncio.sleep(0)
     started = time.monotonic()
     await cancel_tasks([task], timeout=0.2, interval=0.05)
-    assert time.monotonic() - started < 10  # and not 60
+    assert time.monotonic() - started < 1.0
     assert "abandoned" in caplog.text
     await cancel_tasks([task], timeout=5, interval=0.0001)
 
@@ -73,7 +73,7 @@ async def test_the_error_of_a_cancelled_task_is_not_raised() -> None:
 async def test_a_close_that_hangs_is_abandoned(caplog: pytest.LogCaptureFixture) -> None:
     started = time.monotonic()
     await close_within(asyncio.sleep(60), "The store", 0.05)
-    assert time.monotonic() - started < 10  # and not 60
+    assert time.monotonic() - started < 1.0
     assert "The store could not be closed in time" in caplog.text
 
 

@@ -30,7 +30,7 @@ from tests.support.fake_fal import FakeFal
 from tests.support.key_search import CANARY
 from tests.support.settings import make_settings
 from tests.support.urls import PROXY, RUN
-from tests.support.waiting import SOON, wait_until
+from tests.support.waiting import wait_until
 
 HEALTH = http_scope("GET", "/health", LOCAL)
 QUEUED = {
@@ -349,7 +349,7 @@ async def test_http_2_works_with_hypercorn(settings: falproxy.Settings, fal: Fak
         connection.send_data(5, b"{}", end_stream=True)
         statuses: dict[int, bytes] = {}
         open_streams = {*heads}
-        async with asyncio.timeout(SOON):
+        async with asyncio.timeout(20):
             while open_streams:
                 writer.write(connection.data_to_send())
                 for event in connection.receive_data(await reader.read(2**16)):

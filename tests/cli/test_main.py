@@ -23,7 +23,6 @@ from tests.support.cli_process import (
 from tests.support.fake_fal import FakeFal
 from tests.support.key_search import CANARY, LEAKS
 from tests.support.urls import PROXY, RUN
-from tests.support.waiting import SOON
 
 pytestmark = pytest.mark.slow
 
@@ -173,7 +172,7 @@ async def test_running_calls_finish_at_shutdown(
 
 
 async def until_refused(origin: str) -> None:
-    async with asyncio.timeout(SOON):
+    async with asyncio.timeout(5):
         while True:
             try:
                 async with ClientSession() as session:

@@ -118,7 +118,7 @@ async def test_the_proxy_starts_without_a_service_and_uses_it_later(
         async with asyncio.timeout(SOON):
             while (await dependencies(session, proxy))[missing.name] != "down":
                 await asyncio.sleep(0.05)
-        async with missing.start(), asyncio.timeout(SOON):
+        async with missing.start(), asyncio.timeout(20):
             while (await dependencies(session, proxy))[missing.name] != "up":
                 await asyncio.sleep(0.05)
             warnings = [

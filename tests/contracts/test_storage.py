@@ -22,7 +22,6 @@ from tests.support.storages import (
     raise_os_error,
     with_content,
 )
-from tests.support.waiting import SOON
 
 pytestmark = pytest.mark.takes(seconds=0.5)
 
@@ -40,7 +39,7 @@ async def tried(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
 
 async def until_there_is_nothing(tried: StorageUnderTest) -> None:
     """Wait until the work for a cancelled caller has deleted its temporary files."""
-    async with asyncio.timeout(SOON):
+    async with asyncio.timeout(5):
         while await tried.names():
             await asyncio.sleep(0.01)
 

@@ -279,7 +279,9 @@ class TestASharedJob:
         newest = scenario_runner(both[1], "async", world.gateway)
         async with asyncio.TaskGroup() as group:
             in_js = group.create_task(play_js("editSlowly"))
-            await wait_until(lambda: bool(proxied_targets(world, "https://queue.fal.run/")))
+            await wait_until(
+                lambda: bool(proxied_targets(world, "https://queue.fal.run/")), seconds=90
+            )
             cancelling = group.create_task(oldest("edit_by_submit", is_cancelled=True, **inputs))
             waiting = group.create_task(newest("edit_by_submit", is_cancelled=False, **inputs))
         edit, left, kept = in_js.result(), cancelling.result(), waiting.result()
@@ -324,7 +326,7 @@ class TestAnAbortedCall:
         newest = scenario_runner(both[1], "async", world.gateway)
         async with asyncio.TaskGroup() as group:
             in_js = group.create_task(play_js("abortAndEditAgain"))
-            await wait_until(lambda: bool(proxied_targets(world, "https://fal.run/")))
+            await wait_until(lambda: bool(proxied_targets(world, "https://fal.run/")), seconds=90)
             submits = [
                 group.create_task(play("edit_by_submit", is_cancelled=False, **inputs))
                 for play in (oldest, newest)

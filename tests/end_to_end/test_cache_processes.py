@@ -35,7 +35,9 @@ from tests.support.cache_processes import (
 from tests.support.cli_process import CliProcess
 from tests.support.key_search import CANARY
 from tests.support.redis_server import RedisServer, redis_server
-from tests.support.waiting import SOON, wait_until
+from tests.support.waiting import wait_until
+
+TIMEOUT = 20.0  # seconds; of `wait_until`
 
 pytestmark = pytest.mark.slow(seconds=2)
 
@@ -359,7 +361,7 @@ async def test_every_client_gets_its_image_after_a_kill(on: MakeWorld, store: st
     async with on(store, WITH_SHORT_LEASE) as world:
         rounds = [await play(world, number, random) for number in range(ROUNDS[store])]
         await asyncio.sleep(1.5 * LEASE)  # for calls that would still be paid
-        await wait_until(lambda: world.fal.is_idle)
+        await wait_until(lambda: world.fal.is_idle, seconds=TIMEOUT)
         paid = {result.number: world.fal.paid(result.prompt) for result in rounds}
     print(summary(rounds, paid))
     assert [result for result in rounds if not is_correct(result)] == []
@@ -408,7 +410,7 @@ async def test_a_virtual_id_of_a_direct_call_survives_its_process(
     async with on("redis", WITH_SHORT_LEASE) as world:
         world.fal.may_respond.clear()
         killed_call = asyncio.ensure_future(world.run(0, body))
-        await wait_until(lambda: world.fal.posts == 1)
+        await wait_until(lambda: world.fal.posts == 1, seconds=TIMEOUT)
         request_id = (await world.submit(1, body)).document["request_id"]
         waiting = asyncio.ensure_future(world.run(max(killed) + 1, body))
         await world.wait_in_progress(max(killed) + 1, 1)
@@ -462,7 +464,7 @@ async def test_all_processes_get_the_end_of_one_call(
             return asyncio.ensure_future(call(world.session, origin, target, body))
 
         calls = [start(0)]
-        await wait_until(lambda: fal.posts == 1)
+        await wait_until(lambda: fal.posts == 1, seconds=TIMEOUT)
         # A submit joins a run at once: its process then waits for the leader.
         joined = [await world.submit(number, body) for number in (1, 2) if how == "run"]
         calls += [start(number) for number in (0, 1, 1, 2)]
@@ -533,14 +535,14 @@ async def test_a_stopping_process_completes_its_direct_call(on: MakeWorld, store
     async with on(store) as world:
         world.fal.may_respond.clear()
         abandoned = asyncio.ensure_future(world.run(0, body))
-        await wait_until(lambda: world.fal.posts == 1)
+        await wait_until(lambda: world.fal.posts == 1, seconds=TIMEOUT)
         others = [asyncio.ensure_future(world.run(number, body)) for number in (1, 2)]
         for number in (1, 2):
             await world.wait_in_progress(number, 1)
         abandoned.cancel()
         await world.wait_in_progress(0, 0)
         stopping = asyncio.ensure_future(world.proxies[0].stop())
-        await wait_until(lambda: has_logged(world.proxies[0], "Stopping"))
+        await wait_until(lambda: has_logged(world.proxies[0], "Stopping"), seconds=TIMEOUT)
         world.fal.may_respond.set()
         assert await stopping == 0
         responses = await asyncio.gather(*others)
@@ -555,7 +557,7 @@ def has_logged(proxy: CliProcess, start: str) -> bool:
 
 async def wait_until_cached(world: World, number: int, body: object) -> None:
     """Wait until the result is cached, which is soon after the end of its job."""
-    async with asyncio.timeout(SOON):
+    async with asyncio.timeout(3):
         while not (await world.run(number, body)).is_hit:
             await asyncio.sleep(POLL_INTERVAL)
 

@@ -287,7 +287,7 @@ class TestErrors:
         options = {"timeout": 0.5, "start_timeout": 30}
         error = await run_scenario("run_error", prompt="!delay 5 a slow train", options=options)
         assert error["name"] == "ReadTimeout"
-        await wait_until(lambda: [seen.status for seen in world.sandbox.seen] == [499])
+        await wait_until(lambda: [seen.status for seen in world.sandbox.seen] == [499], seconds=90)
         assert world.sandbox.jobs == 0
 
     @pytest.mark.timed

@@ -109,7 +109,7 @@ async def test_a_job_of_a_dead_process_is_taken_over_without_a_request_for_it(
     async with serving(**env) as second:
         async with client.get(f"{second.origin}/api/images/jobs/unknown") as response:
             assert response.status == 404
-        await wait_until(lambda: job_rows(tmp_path)[0]["status"] == "completed")
+        await wait_until(lambda: job_rows(tmp_path)[0]["status"] == "completed", seconds=20)
     (row,) = job_rows(tmp_path)
     assert (row["id"], row["settled"]) == (job["jobId"], 25_000)
     assert (submits(fal), fal.sandbox.jobs) == (1, 1)
@@ -152,7 +152,7 @@ async def test_a_job_with_a_cached_result_survives_as_well(
     async with serving(**env) as first:
         _, bought = await generate(client, first, TEXT, prompt="a heron", seed=1)
         assert (await wait_finished(client, first, bought["jobId"]))["cost"] == 0.04
-        await wait_until(lambda: fal.delivered.is_set())
+        await wait_until(lambda: fal.delivered.is_set(), seconds=20)
         _, kept = await generate(client, first, TEXT, prompt="a heron", seed=1)
         await first.stop(signal.SIGKILL)
     async with serving(**env) as second:

@@ -114,7 +114,7 @@ async def test_a_kill_before_the_outcome_is_known_is_an_unknown_outcome(
     prompt = key = str(uuid4())
     world.fal.may_respond.clear()
     first = asyncio.ensure_future(world.post(0, target, prompt, key))
-    await wait_until(lambda: world.fal.posts == 1)
+    await wait_until(lambda: world.fal.posts == 1, seconds=20)
     others = [asyncio.ensure_future(world.post(1, target, prompt, key)) for _ in range(4)]
     await world.kill_first()
     assert await first is None

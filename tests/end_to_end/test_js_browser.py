@@ -54,7 +54,9 @@ async def test_the_example_edits_an_image(
     async with asyncio.TaskGroup() as group, world.busy():
         playing = group.create_task(play("example.editImage", width=width, colorScheme=scheme))
         # The page shows its position in the queue now.
-        await wait_until(lambda: any(call.path.endswith("/status") for call in world.sandbox.seen))
+        await wait_until(
+            lambda: any(call.path.endswith("/status") for call in world.sandbox.seen), seconds=90
+        )
     shown = await playing
     assert shown["headline"] == "Done"
     phases = [phase.partition(":")[0] for phase in shown["phases"]]

@@ -18,7 +18,6 @@ from tests.support.fake_fal import FakeFal, respond_as_queue
 from tests.support.key_search import CANARY, LEAKS
 from tests.support.postgres_server import PostgresServer, postgres_server
 from tests.support.urls import PROXY, RUN
-from tests.support.waiting import SOON
 
 pytestmark = pytest.mark.slow(seconds=2)
 
@@ -177,7 +176,7 @@ async def test_the_last_use_is_shown(
 ) -> None:
     created = (await run_keys("create", "web", "--json", **environment)).document
     assert await run_model(session, nodes[0], created["secret"]) == 200
-    async with asyncio.timeout(SOON):
+    async with asyncio.timeout(30):
         while not (await run_keys("show", "web", "--json", **environment)).document["last_used_at"]:
             await asyncio.sleep(0.5)
 
@@ -199,7 +198,7 @@ async def test_a_node_without_its_database_serves_known_keys(
             assert await run_model(session, node) == 401
         finally:
             server.start()
-        async with asyncio.timeout(SOON):
+        async with asyncio.timeout(30):
             while await run_model(session, node, unknown) != 401:
                 await asyncio.sleep(0.2)
 

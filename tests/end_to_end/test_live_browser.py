@@ -50,7 +50,7 @@ async def test_the_frames_of_the_runner_arrive(world: World, play: Play, endpoin
     assert live.count("/session") == 1
     # The page closes, and the session ends without heartbeats.
     world.sandbox.live.timeout = 0.1
-    await wait_until(lambda: not world.sandbox.live.open)
+    await wait_until(lambda: not world.sandbox.live.open, seconds=90)
     assert world.sandbox.jobs_by_endpoint == {endpoint: 1}
     fallback = [call.path for call in world.sandbox.seen if call.host == "fal.run"]
     assert fallback == ([f"/{WORLD}/ice"] if endpoint == WORLD else [])
@@ -66,7 +66,7 @@ async def test_a_prompt_changes_the_video(play: Play) -> None:
 async def test_the_page_reports_the_end_of_a_session(world: World, play: Play) -> None:
     async with asyncio.TaskGroup() as group:
         playing = group.create_task(play("live.waitForEnd", endpoint=DIRECTOR))
-        await wait_until(lambda: bool(world.sandbox.live.open))
+        await wait_until(lambda: bool(world.sandbox.live.open), seconds=90)
         await world.sandbox.live.close()
     ended = {"phase": "ended", "headline": "The session has ended.", "button": "Start"}
     assert playing.result() == ended

@@ -386,7 +386,7 @@ class TestWhileSupabaseIsAway:
         made = await play("make_by_queue", endpoint=FROM_WORDS, **HERON)
         assert urls_of(made["data"])[0].startswith(world.fal)
         # It may be tried still when the result is given out.
-        await wait_until(lambda: "An output was not stored" in caplog.text)
+        await wait_until(lambda: "An output was not stored" in caplog.text, seconds=90)
         await fake.start()
         again = await play("make_by_queue", endpoint=FROM_WORDS, **HERON)
         await world.check_stored(again["data"])
@@ -436,7 +436,7 @@ class TestTheStrictPolicy:
         play = in_node(play_js, world)
         async with asyncio.TaskGroup() as group:
             playing = group.create_task(play("make_by_queue", endpoint=DEV, **HERON))
-            await wait_until(lambda: 502 in world.statuses)
+            await wait_until(lambda: 502 in world.statuses, seconds=90)
             await fake.start()
         await world.check_stored(playing.result()["data"])
         assert world.sandbox.jobs == 1
@@ -448,7 +448,7 @@ class TestTheStrictPolicy:
         play = in_node(play_js, world)
         async with asyncio.TaskGroup() as group:
             playing = group.create_task(play("make_by_run", endpoint=FROM_WORDS, **HERON))
-            await wait_until(lambda: 502 in world.statuses)
+            await wait_until(lambda: 502 in world.statuses, seconds=90)
             await fake.start()
         await world.check_stored(playing.result())
         assert world.sandbox.jobs == 1

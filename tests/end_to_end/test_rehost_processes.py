@@ -287,7 +287,7 @@ async def another_downloading(world: World) -> AsyncIterator[Reach]:
 
     async def reach() -> None:
         await gate.reached.wait()
-        await wait_until(lambda: len(world.kept()) == 1)
+        await wait_until(lambda: len(world.kept()) == 1, seconds=TIMEOUT)
 
     with world.source.gate("image") as gate:
         yield reach
@@ -296,7 +296,7 @@ async def another_downloading(world: World) -> AsyncIterator[Reach]:
 @asynccontextmanager
 async def before_it_writes(world: World) -> AsyncIterator[Reach]:
     async def reach() -> None:
-        await wait_until((world.files / INCOMING).exists)
+        await wait_until((world.files / INCOMING).exists, seconds=TIMEOUT)
 
     with lock(world):
         yield reach
@@ -322,7 +322,7 @@ async def before_it_has_a_name(world: World) -> AsyncIterator[Reach]:
         async def reach() -> None:
             await first_bytes(world)
             held.take()
-            await wait_until(lambda: incoming(world) == [len(LONG_VIDEO)])
+            await wait_until(lambda: incoming(world) == [len(LONG_VIDEO)], seconds=TIMEOUT)
             assert world.kept() == {}
 
         yield reach
@@ -551,7 +551,9 @@ async def test_a_stop_waits_for_a_file_whose_client_has_disconnected(
 
 
 async def until_stopping(world: World) -> None:
-    await wait_until(lambda: any("Stopping" in str(line["message"]) for line in world.proxy.log))
+    await wait_until(
+        lambda: any("Stopping" in str(line["message"]) for line in world.proxy.log), seconds=TIMEOUT
+    )
 
 
 HANGING = (

@@ -59,6 +59,8 @@ from tests.support.offline_fal import offline_fal, png
 from tests.support.urls import PROXY
 from tests.support.waiting import wait_until
 
+TIMEOUT = 30.0  # seconds; of `wait_until`
+
 pytestmark = pytest.mark.usefixtures("fal_outlives_the_proxy")
 
 # --- One result for every route ---
@@ -667,7 +669,7 @@ async def test_other_calls_do_not_wait_for_a_refresh(gateway: Gateway, queue: Fa
     queue.hold()
     async with asyncio.TaskGroup() as group:
         refresh = group.create_task(run(gateway, CAT, Cache_Control="no-cache"))
-        await wait_until(lambda: queue.paid == 2)
+        await wait_until(lambda: queue.paid == 2, seconds=TIMEOUT)
         try:
             hit = await asyncio.wait_for(run(gateway), 1.0)
         finally:
@@ -685,9 +687,11 @@ async def test_a_failed_refresh_does_not_fail_other_calls(
     queue.hold()
     async with asyncio.TaskGroup() as group:
         refresh = group.create_task(run(gateway, CAT, Cache_Control="no-cache"))
-        await wait_until(lambda: queue.paid == 2)
+        await wait_until(lambda: queue.paid == 2, seconds=TIMEOUT)
         plain = group.create_task(run(gateway))
-        await wait_until(lambda: plain.done() or len(group._tasks) == 2)  # until it is sent
+        await wait_until(
+            lambda: plain.done() or len(group._tasks) == 2, seconds=TIMEOUT
+        )  # until it is sent
         await asyncio.sleep(0.05)
         queue.release()
     assert refresh.result().status == 500
@@ -789,7 +793,7 @@ async def wait_until_processed(gateway: Gateway, queue: FakeQueue, number: int) 
     def read_count() -> int:
         return [seen.target for seen in queue.fake.seen].count(result_path)
 
-    await wait_until(lambda: read_count() >= 2)
+    await wait_until(lambda: read_count() >= 2, seconds=TIMEOUT)
     await asyncio.sleep(0.05)  # from the response to the store
 
 

@@ -41,7 +41,7 @@ async def test_the_body_of_a_queued_job_is_freed(gateway: Gateway, queue: FakeQu
     before = open_files()
     for number in range(5):
         await submit(gateway, CAT | {"notes": f"{number} {'x' * 300_000}"})
-    await wait_until(lambda: open_files() <= before)
+    await wait_until(lambda: open_files() <= before, seconds=30)
 
 
 @pytest.mark.parametrize("status", [200, 422], ids=["flagged image", "failure"])
@@ -84,7 +84,7 @@ async def test_a_lost_job_does_not_block_new_calls(
         await store.record_job(key, "dead", FalJob("lost", APP))
     queue.fake.respond = respond_without_job
     calling = asyncio.ensure_future(run(await make_gateway(queue.fake.origin)))
-    await wait_until(lambda: queue.posts >= 2)
+    await wait_until(lambda: queue.posts >= 2, seconds=20)
     queue.release()
     assert (await calling).status == 200
 
@@ -103,7 +103,7 @@ async def test_the_start_timeout_of_one_call_does_not_end_another(
     queue.refusal = lambda: late
     queue.accepting.clear()
     short_call = asyncio.ensure_future(run(gateway, CAT, X_Fal_Request_Timeout="1.5"))
-    await wait_until(lambda: queue.posts == 1)
+    await wait_until(lambda: queue.posts == 1, seconds=30)
     long_call = asyncio.ensure_future(run(gateway))
     await asyncio.sleep(0.1)
     queue.accepting.set()
@@ -120,7 +120,7 @@ async def test_a_client_that_left_and_submits_again_can_cancel(
     queue.hold()
     queue.accepting.clear()
     first = asyncio.ensure_future(submit(gateway))
-    await wait_until(lambda: queue.posts == 1)
+    await wait_until(lambda: queue.posts == 1, seconds=30)
     first.cancel()
     await asyncio.gather(first, return_exceptions=True)
     await asyncio.sleep(0.1)

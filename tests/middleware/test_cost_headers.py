@@ -20,7 +20,6 @@ from tests.support.sandbox_proxy import (
     data_uri,
     open_sandbox_proxy,
 )
-from tests.support.waiting import SOON
 
 DEV, SCHNELL, SDXL = "fal-ai/flux/dev", "fal-ai/flux/schnell", "fal-ai/fast-sdxl"
 TEXT = "fal-ai/flux-pro/kontext/text-to-image"
@@ -202,7 +201,7 @@ async def test_a_run_of_a_new_endpoint_is_settled_when_its_price_arrives(
     proxy: SandboxProxy,
 ) -> None:
     await proxy.call_target(f"https://fal.run/{SDXL}", DRAW)
-    async with asyncio.timeout(SOON):
+    async with asyncio.timeout(5):
         while (await proxy.records())[0].settled is None:
             await asyncio.sleep(0.02)
     assert (await proxy.records())[0].settled == 5_000

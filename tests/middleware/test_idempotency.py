@@ -24,7 +24,9 @@ from tests.support.fake_queue import (
 from tests.support.gateway import Gateway, MakeGateway
 from tests.support.redis_server import redis_server
 from tests.support.usage import now
-from tests.support.waiting import SOON, wait_until
+from tests.support.waiting import wait_until
+
+TIMEOUT = 30.0  # seconds; of `wait_until`
 
 pytestmark = pytest.mark.usefixtures("fal_outlives_the_proxy")
 
@@ -122,7 +124,7 @@ async def test_calls_at_once_share_the_first_one(
     tasks = [
         asyncio.ensure_future(keyed((gateway, other)[number % 2], target)) for number in range(10)
     ]
-    await wait_until(lambda: queue.posts)
+    await wait_until(lambda: queue.posts, seconds=TIMEOUT)
     await asyncio.sleep(0.1)  # the others wait now
     queue.release()
     responses = await asyncio.gather(*tasks)
@@ -152,7 +154,7 @@ async def test_another_call_with_the_key_is_refused(
     gateway, other = await open_gateway(), await open_gateway()
     queue.hold()
     running = asyncio.ensure_future(keyed(gateway, RUN))
-    await wait_until(lambda: queue.posts)
+    await wait_until(lambda: queue.posts, seconds=TIMEOUT)
     refusals = [await keyed(each, target, body=body) for each in (gateway, other)]
     queue.release()
     first = await running
@@ -369,7 +371,7 @@ async def test_a_call_that_waits_too_long_may_try_again(
 ) -> None:
     queue.hold()
     first = asyncio.ensure_future(keyed(plain, RUN))
-    await wait_until(lambda: queue.posts)
+    await wait_until(lambda: queue.posts, seconds=TIMEOUT)
     monkeypatch.setattr(idempotency, "WAIT_TIMEOUT", 0.1)
     waited = await keyed(plain, RUN)
     assert (waited.status, await code_of(waited)) == (409, "idempotency_in_progress")
@@ -391,7 +393,7 @@ async def test_a_sent_call_goes_on_without_its_client(
     queue.hold()
     queue.accepting.clear()
     first = asyncio.ensure_future(keyed(gateway, target))
-    await wait_until(lambda: queue.posts)
+    await wait_until(lambda: queue.posts, seconds=TIMEOUT)
     first.cancel()
     await asyncio.wait([first])
     again = [asyncio.ensure_future(keyed(each, target)) for each in (gateway, other)]
@@ -413,10 +415,10 @@ async def test_a_run_with_a_time_limit_is_cancelled_and_not_sent_again(
     queue.hold()
     limit = {"x_fal_request_timeout": "30"}
     first = asyncio.ensure_future(keyed(plain, RUN, **limit))
-    await wait_until(lambda: queue.posts)
+    await wait_until(lambda: queue.posts, seconds=TIMEOUT)
     first.cancel()
     await asyncio.wait([first])
-    await wait_until(lambda: queue.disconnects)
+    await wait_until(lambda: queue.disconnects, seconds=TIMEOUT)
     repeated = await keyed(plain, RUN, **limit)
     assert (repeated.status, await code_of(repeated)) == (504, "outcome_unknown")
     assert queue.posts == 1
@@ -536,7 +538,7 @@ async def test_without_the_store_a_call_with_a_key_is_refused(
 
 
 async def wait_for_store(gateway: Gateway) -> None:
-    async with asyncio.timeout(SOON):
+    async with asyncio.timeout(20):
         while (await keyed(gateway, RUN, "again")).status != 200:
             await asyncio.sleep(0.05)
 
@@ -551,7 +553,7 @@ async def test_an_outcome_is_recorded_when_the_store_is_back(
         queue.hold()
         queue.accepting.clear()
         running = asyncio.ensure_future(keyed(gateway, target))
-        await wait_until(lambda: queue.posts)
+        await wait_until(lambda: queue.posts, seconds=TIMEOUT)
         server.freeze()
         queue.accepting.set()
         queue.release()
@@ -559,7 +561,7 @@ async def test_an_outcome_is_recorded_when_the_store_is_back(
         assert first.status == 200
         assert is_replayed(await keyed(gateway, target)), "from the memory of this process"
         server.thaw()
-        async with asyncio.timeout(SOON):
+        async with asyncio.timeout(20):
             while (repeated := await keyed(other, target)).status == 503:
                 await asyncio.sleep(0.05)
         assert await repeated.read() == await first.read()
@@ -601,7 +603,7 @@ async def test_a_replayed_call_is_free_in_the_ledger(plain: Gateway, queue: Fake
         }
         return (await (await plain.client.get("/api/usage", **options)).json())["totals"]
 
-    async with asyncio.timeout(SOON):
+    async with asyncio.timeout(20):
         while (last := await totals())["calls"] < 3:
             await asyncio.sleep(0.05)
     assert (last["calls"], last["hits"], last["errors"]) == (3, 0, 0)

@@ -79,7 +79,7 @@ async def test_a_refusal_gives_the_key_back(make: Open, queue: FakeQueue) -> Non
     gateway = await make(concurrency=1, max_cost=2 * COST)
     queue.hold()
     first = asyncio.ensure_future(keyed(gateway, RUN, "first"))
-    await wait_until(lambda: queue.posts)
+    await wait_until(lambda: queue.posts, seconds=30)
     for _ in range(2):
         assert await outcome(await keyed(gateway, RUN, "second", DOG)) == (
             429, "concurrency_limited",
@@ -116,7 +116,7 @@ async def test_a_call_that_is_repeated_after_its_client_left_is_counted_once(
     gateway = await make(budget=(9 * COST, LONG), concurrency=1)
     queue.hold()
     first = asyncio.ensure_future(keyed(gateway, RUN))
-    await wait_until(lambda: queue.posts)
+    await wait_until(lambda: queue.posts, seconds=30)
     first.cancel()
     again = asyncio.ensure_future(keyed(gateway, RUN))
     await asyncio.sleep(0.05)

@@ -27,7 +27,7 @@ from tests.support.image_hosts import (
 from tests.support.image_samples import IMAGES, NON_IMAGES, ftyp, png_header
 from tests.support.open_files import open_files, until_open_files_are
 from tests.support.urls import REQUEST, RUN, SUBMIT
-from tests.support.waiting import SOON, wait_until
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.both_transports
 
@@ -366,7 +366,7 @@ async def settled_open_files() -> int:
     """Return the number of open files once it is stable. Garbage is collected once only, since that
     takes long in a process with many tests."""
     seen = [open_files()]
-    async with asyncio.timeout(SOON):
+    async with asyncio.timeout(30):
         while len(seen) < 10 or len({*seen[-10:]}) > 1:
             await asyncio.sleep(0.03)
             seen.append(len(os.listdir("/dev/fd")))
@@ -417,7 +417,7 @@ async def test_a_body_is_deleted_from_the_disk_with_its_call(
         for _ in range(3):  # on one connection, which stays open
             await (await gateway.call(RUN, data=in_pieces(content), headers=JSON)).read()
         assert len(fal.seen) == 3
-        await wait_until(lambda: bodies_on_disk() <= before)  # a thread closes the file
+        await wait_until(lambda: bodies_on_disk() <= before, seconds=5)  # a thread closes the file
     finally:
         gc.enable()
 

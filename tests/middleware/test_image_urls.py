@@ -29,7 +29,7 @@ from tests.support.image_hosts import (
 )
 from tests.support.image_samples import PIXELS, png_header
 from tests.support.urls import RUN
-from tests.support.waiting import SOON, wait_until
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.both_transports
 
@@ -360,7 +360,7 @@ async def test_a_disconnected_client_cancels_the_fetch_of_its_image(
     gateway = await make_gateway(fal.origin, fetcher=internet.fetcher(timeouts=FetchTimeouts()))
     body = {"image_url": internet.url("/slow.png")}
     call = asyncio.ensure_future(gateway.call(KONTEXT, json=body))
-    async with asyncio.timeout(SOON):
+    async with asyncio.timeout(2):
         while not internet.public.open_now:
             await asyncio.sleep(0.01)
         call.cancel()
@@ -406,5 +406,5 @@ async def test_10_gb_behind_a_url_take_constant_memory(
         tracemalloc.stop()
     assert (entry["type"], entry["ctx"]) == ("file_too_large", {"max_size": 100 * 2**20})
     assert peak < 8 * 2**20
-    await wait_until(lambda: not internet.public.open_now)
+    await wait_until(lambda: not internet.public.open_now, seconds=2)
     assert fal.seen == []

@@ -210,7 +210,7 @@ async def test_the_reads_end_when_no_token_is_used(
     monkeypatch.setattr(jwks, "IDLE_SECONDS", 0.5)
     token = of_ec()
     assert await call_status(gateway, token) == 200
-    await wait_until(lambda: issuer.fetched == 2)
+    await wait_until(lambda: issuer.fetched == 2, seconds=5)
     await asyncio.sleep(1.0)
     fetched = issuer.fetched
     await asyncio.sleep(0.7)

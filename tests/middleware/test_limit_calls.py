@@ -219,7 +219,7 @@ async def test_exactly_as_many_runs_are_under_way_as_allowed(
     calls = [
         asyncio.ensure_future(post(gateway, RUN, {"prompt": str(number)})) for number in range(12)
     ]
-    await wait_until(lambda: sum(call.done() for call in calls) == 12 - limit)
+    await wait_until(lambda: sum(call.done() for call in calls) == 12 - limit, seconds=30)
     queue.release()
     statuses = [(await call).status for call in calls]
     assert (statuses.count(200), statuses.count(429)) == (limit, 12 - limit)
@@ -455,7 +455,7 @@ async def test_a_client_that_leaves_leaves_no_open_reservation(
     queue.hold()
     queue.accepting.clear()
     call = asyncio.ensure_future(gateway.call(target, json=CAT))
-    await wait_until(lambda: queue.posts == 1)
+    await wait_until(lambda: queue.posts == 1, seconds=30)
     call.cancel()
     await asyncio.sleep(0)
     queue.accepting.set()
@@ -542,7 +542,7 @@ async def test_equal_calls_at_once_cost_one(make: Open, queue: FakeQueue, target
     queue.output = with_units("1")
     gateway = await make(budget=(CACHED_PRICE, LONG), concurrency=1)
     calls = [asyncio.ensure_future(post(gateway, target)) for _ in range(6)]
-    await wait_until(lambda: queue.paid == 1)
+    await wait_until(lambda: queue.paid == 1, seconds=30)
     queue.release()
     assert [(await call).status for call in calls] == [200] * 6
     async with asyncio.timeout(SOON):

@@ -20,7 +20,6 @@ from falproxy.middleware.limiter import (
 from falproxy.stores.limits import Admission, Limit, LimitsError, Reservation, ReserveRequest
 from falproxy.stores.limits.sqlite import SqliteLimitsStore
 from falproxy.windows import DAY, Window
-from tests.support.waiting import SOON
 
 BUDGET = Limit("budget", "principal:web", 1000, Window(DAY))
 RATE = Limit("rate", "principal:web", 3, Window(60))
@@ -257,7 +256,7 @@ async def test_a_store_that_is_away(
 
 async def recover(limiter: Limiter, store: UnreliableStore) -> None:
     store.is_away = store.loses_replies = False
-    async with asyncio.timeout(SOON):
+    async with asyncio.timeout(5):
         while True:
             try:
                 await limiter.sweep()

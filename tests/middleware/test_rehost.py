@@ -55,7 +55,9 @@ from tests.support.rehosting import (
 from tests.support.settings import make_settings
 from tests.support.storages import files_in
 from tests.support.urls import PROXY
-from tests.support.waiting import SOON, wait_until
+from tests.support.waiting import wait_until
+
+TIMEOUT = 5.0  # seconds; of `wait_until`
 
 DEV = "https://fal.run/fal-ai/flux/dev"
 STREAM = f"{DEV}/stream"
@@ -152,7 +154,7 @@ async def send(
     if target is not None:
         named["x-fal-target-url"] = target
     body: object = {} if method == "POST" else None
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(TIMEOUT):
         response = await gateway.client.request(method, path, json=body, headers=named)
         await response.read()
     return response
@@ -238,7 +240,7 @@ async def test_the_ledger_has_the_time_to_store_the_files(
     fal.respond = set_response(document_of(1), headers={FAL_REQUEST_ID: ID})
     await (result_of(gateway) if is_job else send(gateway, "POST", PROXY, DEV))
     writer = gateway.client.app[LEDGER_WRITER]
-    await wait_until(lambda: writer.pending_rows == 0)
+    await wait_until(lambda: writer.pending_rows == 0, seconds=TIMEOUT)
     (record,) = await writer.ledger.latest(UsageQuery())
     assert record.stored_seconds is not None
     assert 0 < record.stored_seconds <= 5
@@ -691,7 +693,7 @@ async def read(response: ClientResponse, size: int) -> bytes:
 
 
 async def rest_of(response: ClientResponse) -> bytes:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(TIMEOUT):
         return await response.read()
 
 
@@ -762,7 +764,7 @@ async def test_a_slow_file_delays_its_own_event_only(
     response = await listen(gateway)
     assert await read(response, len(event(n=1))) == event(n=1)
     stream.send(event(url), event(n=2), b"")
-    await wait_until(lambda: gate.waiting)
+    await wait_until(lambda: gate.waiting, seconds=TIMEOUT)
     gate.opened.set()
     assert await rest_of(response) == event(stored_url(gateway)) + event(n=2)
 
@@ -775,7 +777,7 @@ async def test_a_slow_file_does_not_delay_earlier_events(
     stream.send(event(n=1) + event(url))
     try:
         response = await listen(gateway)
-        await wait_until(lambda: gate.waiting)
+        await wait_until(lambda: gate.waiting, seconds=TIMEOUT)
         async with asyncio.timeout(1):
             assert await response.content.readexactly(len(event(n=1))) == event(n=1)
     finally:
@@ -813,7 +815,7 @@ async def read_until_closed(response: ClientResponse) -> bytes:
     """Return the bytes received before the connection is closed."""
     got = b""
     try:
-        async with asyncio.timeout(SOON):
+        async with asyncio.timeout(TIMEOUT):
             while chunk := await response.content.readany():
                 got += chunk
     except (ClientPayloadError, ConnectionResetError):
@@ -887,8 +889,8 @@ async def test_a_result_is_cached_before_its_files_are_stored(
     cdn.serve_at(PATH, gate.serve)
     first, second = await make(), await make()  # two processes, from the store's point of view
     running = asyncio.ensure_future(run(first))
-    await wait_until(lambda: bool(gate.waiting))
-    async with asyncio.timeout(SOON):
+    await wait_until(lambda: bool(gate.waiting), seconds=TIMEOUT)
+    async with asyncio.timeout(TIMEOUT):
         while (await submit(second, Cache_Control="only-if-cached")).status != 200:
             await asyncio.sleep(0.02)
     assert not running.done()
@@ -920,7 +922,7 @@ async def test_calls_that_share_a_job_store_its_file_once(
     async with asyncio.TaskGroup() as group:
         runs = [group.create_task(run(gateway)) for _ in range(5)]
         submits = [group.create_task(submit(gateway)) for _ in range(5)]
-        await wait_until(lambda: played.paid)
+        await wait_until(lambda: played.paid, seconds=TIMEOUT)
         await asyncio.sleep(0.1)
         played.release()
     results = [task.result() for task in runs]
@@ -1244,12 +1246,12 @@ async def test_a_file_is_stored_although_the_client_disconnected(
     cdn.serve_at("/slow.png", gate.serve)
     fal.respond = set_response(document_of(1, "/slow.png"))
     cancelled = asyncio.ensure_future(result_of(gateway))
-    await wait_until(lambda: gate.waiting)
+    await wait_until(lambda: gate.waiting, seconds=TIMEOUT)
     cancelled.cancel()
     await asyncio.sleep(0.1)
     assert gate.waiting
     gate.opened.set()
-    await wait_until(lambda: disk.names == [name_of(png())])
+    await wait_until(lambda: disk.names == [name_of(png())], seconds=TIMEOUT)
     assert await url_in(await result_of(gateway)) == stored_url(gateway)
     assert cdn.request_counts["/slow.png"] == 1
 
@@ -1261,7 +1263,7 @@ async def test_running_transfers_complete_before_the_proxy_ends(
     cdn.serve_at("/slow.png", gate.serve)
     fal.respond = set_response(document_of(1, "/slow.png"))
     cancelled = asyncio.ensure_future(result_of(gateway))
-    await wait_until(lambda: gate.waiting)
+    await wait_until(lambda: gate.waiting, seconds=TIMEOUT)
     cancelled.cancel()
     closing = asyncio.ensure_future(gateway.client.close())
     await asyncio.sleep(0.1)

@@ -35,7 +35,9 @@ from tests.support.fake_queue import (
 )
 from tests.support.gateway import Gateway, MakeGateway
 from tests.support.offline_fal import offline_fal, png
-from tests.support.waiting import SOON, wait_until
+from tests.support.waiting import wait_until
+
+TIMEOUT = 30.0  # seconds; of `wait_until`
 
 pytestmark = pytest.mark.usefixtures("fal_outlives_the_proxy")
 
@@ -62,7 +64,7 @@ async def wait_until_joined(
         return waiters == sum(not call.done() for call in calls) and not is_busy
 
     for _ in range(3):  # a request that has just begun to wait has not called the store yet
-        await wait_until(have_joined)
+        await wait_until(have_joined, seconds=TIMEOUT)
         await asyncio.sleep(0.005)
 
 
@@ -87,7 +89,7 @@ async def test_concurrent_equal_calls_are_one_job(
     queue.hold()
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(call(gateway)) for call in calls]
-        await wait_until(lambda: queue.paid)
+        await wait_until(lambda: queue.paid, seconds=TIMEOUT)
         await wait_until_joined(tasks, gateway)
         queue.release()
     results = [await final_response(gateway, task.result()) for task in tasks]
@@ -110,7 +112,7 @@ async def test_equal_calls_of_two_processes_are_one_job(
             for call in (submit, run, submit)
             for gateway in gateways
         ]
-        await wait_until(lambda: queue.paid)
+        await wait_until(lambda: queue.paid, seconds=TIMEOUT)
         await wait_until_joined([task for _, task in tasks], *gateways)
         queue.release()
     for gateway, task in tasks:
@@ -123,7 +125,7 @@ async def test_different_calls_do_not_wait_for_each_other(
 ) -> None:
     queue.hold()
     slow = asyncio.ensure_future(run(gateway))
-    await wait_until(lambda: queue.paid == 1)
+    await wait_until(lambda: queue.paid == 1, seconds=TIMEOUT)
     held, queue._held = queue._held, None
     assert (await run(gateway, DOG)).status == 200
     queue._held = held
@@ -135,7 +137,7 @@ async def test_followers_have_a_collapsed_cache_status(gateway: Gateway, queue: 
     queue.hold()
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(run(gateway)) for _ in range(3)]
-        await wait_until(lambda: queue.paid)
+        await wait_until(lambda: queue.paid, seconds=TIMEOUT)
         await wait_until_joined(tasks, gateway)
         queue.release()
     statuses = [cache_status(task.result()) for task in tasks]
@@ -154,7 +156,7 @@ async def joined(
     """The id of a submit that joined a run, and the run."""
     queue.hold()
     running = asyncio.ensure_future(run(gateway))
-    await wait_until(lambda: queue.paid == 1)
+    await wait_until(lambda: queue.paid == 1, seconds=TIMEOUT)
     request_id = await submitted_id(await submit(gateway))
     assert uuid_version(request_id) == 8
     return request_id, running
@@ -181,7 +183,7 @@ async def test_a_submit_that_joins_a_run_waits_for_it(
     }
     assert (await request_about(gateway, request_id)).status == 400
     stream = await gateway.call(f"{root}/status/stream", "GET")
-    async with asyncio.timeout(SOON):
+    async with asyncio.timeout(TIMEOUT):
         first = await stream.content.readuntil(b"\n\n")
         queue.release()
         events = (first + await stream.content.read()).decode().split("\n\n")
@@ -245,7 +247,7 @@ async def test_polls_around_the_end_of_a_run_are_consistent(
         queue.hold()
         async with asyncio.TaskGroup() as group:
             group.create_task(run(gateway))
-            await wait_until(lambda paid=number + 1: queue.paid == paid)  # type: ignore[misc]
+            await wait_until(lambda paid=number + 1: queue.paid == paid, seconds=TIMEOUT)  # type: ignore[misc]
             request_id = await submitted_id(await submit(gateway))
             polls = [group.create_task(poll(request_id)) for _ in range(4)]
             await asyncio.sleep(0.01)
@@ -292,7 +294,7 @@ async def test_all_waiting_calls_get_fal_s_refusal(
     queue.accepting.clear()
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(send(gateway, target, CAT)) for _ in range(4)]
-        await wait_until(lambda: queue.posts)
+        await wait_until(lambda: queue.posts, seconds=TIMEOUT)
         await wait_until_joined(tasks, gateway)
         queue.accepting.set()
     expected = refuse()
@@ -326,7 +328,7 @@ async def test_the_retry_headers_of_a_refusal_are_shared(
     queue.accepting.clear()
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(run(gateway)) for _ in range(3)]
-        await wait_until(lambda: queue.posts)
+        await wait_until(lambda: queue.posts, seconds=TIMEOUT)
         await wait_until_joined(tasks, gateway)
         queue.accepting.set()
     assert [task.result().headers.get(name) for task in tasks] == [value] * 3
@@ -346,7 +348,7 @@ async def test_a_call_with_a_lost_connection_is_not_repeated(
     gateway = await make_gateway(wire.origin)
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(send(gateway, target, CAT)) for _ in range(4)]
-        await wait_until(lambda: wire.connections)
+        await wait_until(lambda: wire.connections, seconds=TIMEOUT)
         await wait_until_joined(tasks, gateway)
         may_break.set()
     for task in tasks:
@@ -367,7 +369,7 @@ async def test_calls_with_a_document_too_large_to_share_are_sent_separately(
     queue.hold()
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(run(gateway)) for _ in range(3)]
-        await wait_until(lambda: queue.paid)
+        await wait_until(lambda: queue.paid, seconds=TIMEOUT)
         await wait_until_joined(tasks, gateway)
         queue.release()
     documents = [await task.result().json() for task in tasks]
@@ -381,7 +383,7 @@ async def test_a_flagged_run_is_shared_by_waiting_calls(gateway: Gateway, queue:
     queue.hold()
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(run(gateway)) for _ in range(3)]
-        await wait_until(lambda: queue.paid)
+        await wait_until(lambda: queue.paid, seconds=TIMEOUT)
         await wait_until_joined(tasks, gateway)
         queue.release()
     assert [(await task.result().json())["n"] for task in tasks] == [1, 1, 1]
@@ -413,7 +415,7 @@ async def test_a_failed_job_is_not_cached(
 
 async def wait_until_paid_again(gateway: Gateway, queue: FakeQueue) -> None:
     """Wait until a call is sent again: the proxy awaits a job in the background."""
-    async with asyncio.timeout(SOON):
+    async with asyncio.timeout(3):
         while (await run(gateway)).status != 200:
             await asyncio.sleep(0.02)
     assert queue.paid == 2
@@ -442,7 +444,7 @@ async def test_a_follower_gets_the_result_of_a_run_whose_leader_left(
 ) -> None:
     queue.hold()
     leader = asyncio.ensure_future(run(gateway))
-    await wait_until(lambda: queue.paid == 1)
+    await wait_until(lambda: queue.paid == 1, seconds=TIMEOUT)
     follower = asyncio.ensure_future(call(gateway))
     await wait_until_joined([leader, follower], gateway)
     await disconnect(leader, gateway, follower)
@@ -458,7 +460,7 @@ async def test_a_follower_gets_the_result_of_a_submit_whose_leader_left(
 ) -> None:
     queue.accepting.clear()
     leader = asyncio.ensure_future(submit(gateway))
-    await wait_until(lambda: queue.posts == 1)
+    await wait_until(lambda: queue.posts == 1, seconds=TIMEOUT)
     follower = asyncio.ensure_future(call(gateway))
     await wait_until_joined([leader, follower], gateway)
     await disconnect(leader, gateway, follower)
@@ -485,7 +487,7 @@ async def test_a_paid_call_is_finished_and_cached_without_its_client(
 ) -> None:
     queue.hold()
     leader = asyncio.ensure_future(call(gateway))
-    await wait_until(lambda: queue.paid == 1)
+    await wait_until(lambda: queue.paid == 1, seconds=TIMEOUT)
     await disconnect(leader, gateway)
     assert queue.disconnects == 0
     queue.release()
@@ -508,16 +510,16 @@ async def test_a_client_that_repeats_its_call_joins_the_run(
 
 async def disconnect_running(gateway: Gateway, queue: FakeQueue) -> None:
     leader = asyncio.ensure_future(run(gateway))
-    await wait_until(lambda: queue.paid == 1)
+    await wait_until(lambda: queue.paid == 1, seconds=TIMEOUT)
     await disconnect(leader, gateway)
 
 
 async def test_a_bypassing_call_ends_with_its_client(gateway: Gateway, queue: FakeQueue) -> None:
     queue.hold()
     call = asyncio.ensure_future(run(gateway, CAT, Cache_Control="no-store"))
-    await wait_until(lambda: queue.paid == 1)
+    await wait_until(lambda: queue.paid == 1, seconds=TIMEOUT)
     await disconnect(call, gateway)
-    await wait_until(lambda: queue.disconnects == 1)
+    await wait_until(lambda: queue.disconnects == 1, seconds=TIMEOUT)
 
 
 async def test_a_large_response_of_a_client_that_left_is_discarded(
@@ -528,7 +530,9 @@ async def test_a_large_response_of_a_client_that_left_is_discarded(
     queue.hold()
     await disconnect_running(gateway, queue)
     queue.release()
-    await wait_until(lambda: not gateway.client.app[RESULT_CACHE].single_flight._tasks)
+    await wait_until(
+        lambda: not gateway.client.app[RESULT_CACHE].single_flight._tasks, seconds=TIMEOUT
+    )
     queue.output = image_result
     assert await (await run(gateway)).read() == image_result(2).body
 
@@ -749,7 +753,7 @@ async def test_a_long_run_does_not_block_the_shutdown(
     await disconnect_running(gateway, queue)
     async with asyncio.timeout(2):
         await gateway.client.close()
-    await wait_until(lambda: queue.disconnects == 1)
+    await wait_until(lambda: queue.disconnects == 1, seconds=TIMEOUT)
 
 
 async def test_no_task_remains_after_the_shutdown(
@@ -768,7 +772,8 @@ async def test_no_task_remains_after_the_shutdown(
     await gateway.client.close()
     queue.release()
     await wait_until(
-        lambda: not {task for task in asyncio.all_tasks() - before if is_of_the_proxy(task)}
+        lambda: not {task for task in asyncio.all_tasks() - before if is_of_the_proxy(task)},
+        seconds=TIMEOUT,
     )
 
 

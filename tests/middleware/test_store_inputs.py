@@ -25,6 +25,8 @@ from tests.support.storages import files_in
 from tests.support.urls import RUN, SUBMIT
 from tests.support.waiting import wait_until
 
+TIMEOUT = 5.0  # seconds; of `wait_until`
+
 STREAM = f"{RUN}/stream"
 KONTEXT = "https://fal.run/fal-ai/flux-pro/kontext"
 KONTEXT_SUBMIT = "https://queue.fal.run/fal-ai/flux-pro/kontext"
@@ -88,7 +90,7 @@ def image(number: int) -> bytes:
 async def show_that_inputs_are_stored(gateway: Gateway, stored: Stored) -> None:
     """Have one more input stored: those before it have been decided about."""
     await post(gateway, RUN, {"image_url": uri(PNG + b"the last one")})
-    await wait_until(lambda: name_of(PNG + b"the last one") in stored())
+    await wait_until(lambda: name_of(PNG + b"the last one") in stored(), seconds=TIMEOUT)
 
 
 # Which inputs
@@ -103,7 +105,7 @@ async def test_an_input_is_stored_on_every_route(
     body = {"prompt": "a", "image_url": internet.url() if kind == "url" else uri(PNG)}
     response = await post(gateway, target, body)
     assert response.status == 200
-    await wait_until(lambda: stored() == {name_of(PNG)})
+    await wait_until(lambda: stored() == {name_of(PNG)}, seconds=TIMEOUT)
     assert queue.paid == 1
     sent = json.loads(next(seen.body for seen in queue.fake.seen if seen.method == "POST"))
     assert sent == body  # fal gets the client's own URL
@@ -116,7 +118,7 @@ async def test_an_input_is_stored_on_the_base_urls(
     path = f"/api/fal/{mount}/fal-ai/flux/dev"
     response = await gateway.client.post(path, json={"image_url": internet.url()})
     assert response.status == 200, await response.text()
-    await wait_until(lambda: stored() == {name_of(PNG)})
+    await wait_until(lambda: stored() == {name_of(PNG)}, seconds=TIMEOUT)
 
 
 async def test_an_input_in_the_query_is_stored(
@@ -125,7 +127,7 @@ async def test_an_input_in_the_query_is_stored(
     fal.respond = respond(RESULT)
     target = f"{RUN}?prompt=a&image_url={quote(internet.url(), safe='')}"
     assert (await gateway.call(target, "GET")).status == 200
-    await wait_until(lambda: stored() == {name_of(PNG)})
+    await wait_until(lambda: stored() == {name_of(PNG)}, seconds=TIMEOUT)
 
 
 def respond(
@@ -158,7 +160,9 @@ async def test_all_images_of_a_call_are_stored(
     internet.public.responses["/b.png"] = reply(body=image(1))
     urls = [internet.url(), internet.url("/b.png"), uri(LARGE)]
     await post(gateway, SUBMIT, inputs(urls))
-    await wait_until(lambda: stored() == {name_of(PNG), name_of(image(1)), name_of(LARGE)})
+    await wait_until(
+        lambda: stored() == {name_of(PNG), name_of(image(1)), name_of(LARGE)}, seconds=TIMEOUT
+    )
     assert internet.public.connections == 2
 
 
@@ -187,7 +191,7 @@ async def test_a_file_of_our_own_is_not_stored_again(
     gateway: Gateway, queue: FakeQueue, internet: Internet, stored: Stored
 ) -> None:
     await post(gateway, RUN, {"image_url": uri(PNG)})
-    await wait_until(stored)
+    await wait_until(stored, seconds=TIMEOUT)
     await post(gateway, RUN, {"image_url": internet.url(f"/files/{name_of(PNG)}")})
     await show_that_inputs_are_stored(gateway, stored)
     assert internet.public.connections == 0
@@ -293,7 +297,7 @@ async def test_a_stream_is_judged_by_its_events(
     fal.respond = respond(RESULT)
     await show_that_inputs_are_stored(gateway, stored)
     if expected:
-        await wait_until(lambda: name_of(PNG) in stored())
+        await wait_until(lambda: name_of(PNG) in stored(), seconds=TIMEOUT)
     assert (name_of(PNG) in stored()) is expected
 
 
@@ -305,7 +309,7 @@ async def test_a_result_without_json_has_no_flags(
 
     fal.respond = respond_file
     await post(gateway, RUN, {"image_url": uri(PNG)})
-    await wait_until(lambda: name_of(PNG) in stored())
+    await wait_until(lambda: name_of(PNG) in stored(), seconds=TIMEOUT)
 
 
 # When
@@ -318,11 +322,11 @@ async def test_an_input_is_stored_without_a_client_that_reads_the_result(
     target = f"{SUBMIT}?fal_webhook=https://a.example/hook"
     await submitted_id(await post(gateway, target, {"image_url": internet.url()}))
     await wait_until(
-        lambda: internet.public.connections
+        lambda: internet.public.connections, seconds=TIMEOUT
     )  # read at once, since it may be deleted soon
     assert stored() == set()
     queue.release()
-    await wait_until(lambda: stored() == {name_of(PNG)})
+    await wait_until(lambda: stored() == {name_of(PNG)}, seconds=TIMEOUT)
     assert queue.paid == 1
 
 
@@ -331,11 +335,13 @@ async def test_a_client_that_deletes_its_file_with_the_result_loses_nothing(
 ) -> None:
     queue.hold()
     call = asyncio.create_task(post(gateway, RUN, {"image_url": internet.url()}))
-    await wait_until(lambda: internet.public.connections and not internet.public.open_now)
+    await wait_until(
+        lambda: internet.public.connections and not internet.public.open_now, seconds=TIMEOUT
+    )
     del internet.public.responses["/a.png"]
     queue.release()
     assert (await call).status == 200
-    await wait_until(lambda: stored() == {name_of(PNG)})
+    await wait_until(lambda: stored() == {name_of(PNG)}, seconds=TIMEOUT)
 
 
 async def test_no_call_waits_for_its_inputs(
@@ -354,7 +360,7 @@ async def test_no_call_waits_for_its_inputs(
     response = await post(gateway, RUN, {"image_url": internet.url("/slow.png")})
     assert (response.status, stored()) == (200, set())
     opened.set()
-    await wait_until(lambda: stored() == {name_of(PNG)})
+    await wait_until(lambda: stored() == {name_of(PNG)}, seconds=TIMEOUT)
 
 
 async def test_an_image_that_cannot_be_read_fails_nothing(
@@ -363,7 +369,9 @@ async def test_an_image_that_cannot_be_read_fails_nothing(
     url = internet.url("/secret-name.png?token=s3cret")
     assert (await post(gateway, RUN, {"image_url": url})).status == 200
     message = "An input was not stored: The host of the URL responded with status 404."
-    await wait_until(lambda: message in [record.getMessage() for record in caplog.records])
+    await wait_until(
+        lambda: message in [record.getMessage() for record in caplog.records], seconds=TIMEOUT
+    )
     assert "secret-name" not in caplog.text
     assert "s3cret" not in caplog.text
 
@@ -381,7 +389,7 @@ async def test_equal_calls_store_their_input_once(
 ) -> None:
     body = {"prompt": "a", "image_url": internet.url()}
     await post(gateway, KONTEXT, body)
-    await wait_until(lambda: stored() == {name_of(PNG)})
+    await wait_until(lambda: stored() == {name_of(PNG)}, seconds=TIMEOUT)
     assert is_hit(await post(gateway, KONTEXT, body))
     assert queue.paid == 1
     assert stored() == {name_of(PNG)}
@@ -393,9 +401,9 @@ async def test_a_call_whose_client_leaves_is_not_kept_for_ever(
     gateway = await make(drain=2.0)
     queue.hold()
     call = asyncio.create_task(gateway.call(RUN, json={"image_url": uri(PNG)}))
-    await wait_until(lambda: queue.posts)
+    await wait_until(lambda: queue.posts, seconds=TIMEOUT)
     call.cancel()
-    await wait_until(lambda: queue.disconnects)
+    await wait_until(lambda: queue.disconnects, seconds=TIMEOUT)
     await show_that_inputs_are_stored_later(gateway, queue, stored)
     assert name_of(PNG) not in stored()
     await gateway.client.close()
@@ -415,7 +423,7 @@ async def test_a_stop_does_not_wait_for_jobs_and_reports_their_inputs(
     gateway = await make(drain=0.2)
     queue.hold()
     await post(gateway, SUBMIT, {"image_urls": [uri(PNG), uri(image(1))]})
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(TIMEOUT):
         await gateway.client.close()
     (record,) = [each for each in caplog.records if "the proxy stops" in each.getMessage()]
     assert (record.levelno, record.getMessage()[:2]) == (logging.WARNING, "2 ")
@@ -442,9 +450,9 @@ async def test_a_storage_that_is_down_gets_the_input_later(
     folder = tmp_path / "files"
     folder.write_text("a file where a folder should be")
     assert (await post(gateway, RUN, {"image_url": uri(PNG)})).status == 200
-    await wait_until(lambda: "An input is going to be stored later" in caplog.text)
+    await wait_until(lambda: "An input is going to be stored later" in caplog.text, seconds=TIMEOUT)
     folder.unlink()
-    await wait_until(lambda: stored() == {name_of(PNG)})
+    await wait_until(lambda: stored() == {name_of(PNG)}, seconds=15)
 
 
 async def test_many_inputs_of_one_call_are_bounded(
@@ -452,7 +460,7 @@ async def test_many_inputs_of_one_call_are_bounded(
 ) -> None:
     body = {"image_urls": [uri(image(number)) for number in range(110)]}
     assert (await post(gateway, RUN, body)).status == 200
-    await wait_until(lambda: len(stored()) == 100)
+    await wait_until(lambda: len(stored()) == 100, seconds=TIMEOUT)
     assert "10 inputs of a call are not stored" in caplog.text
 
 
@@ -486,4 +494,6 @@ async def test_the_other_apis_store_their_inputs(
         url = proxy.origin + path
         async with proxy.session.post(url, data=text, headers=headers) as response:
             assert response.status == 200, await response.text()
-        await wait_until(lambda: name_of(sample) in {each.name for each in files_in(tmp_path)})
+        await wait_until(
+            lambda: name_of(sample) in {each.name for each in files_in(tmp_path)}, seconds=TIMEOUT
+        )

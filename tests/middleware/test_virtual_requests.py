@@ -35,7 +35,9 @@ from tests.support.fake_queue import (
 from tests.support.gateway import Gateway, MakeGateway
 from tests.support.key_search import CANARY
 from tests.support.redis_server import RedisServer, redis_server
-from tests.support.waiting import SOON, wait_until
+from tests.support.waiting import wait_until
+
+TIMEOUT = 30.0  # seconds; of `wait_until`
 
 pytestmark = pytest.mark.usefixtures("fal_outlives_the_proxy")
 
@@ -151,7 +153,7 @@ BASE_URL = "/api/fal/queue"
 async def base_url_request(
     gateway: Gateway, url: str, method: str = "GET", **body: Any
 ) -> ClientResponse:
-    async with asyncio.timeout(SOON):
+    async with asyncio.timeout(TIMEOUT):
         response = await gateway.client.request(method, url, **body)
         await response.read()
     return response
@@ -173,7 +175,7 @@ async def test_queue_urls_point_to_the_base_url(
             await submit(gateway)
         else:
             group.create_task(run(gateway))
-        await wait_until(lambda: queue.paid == 1)
+        await wait_until(lambda: queue.paid == 1, seconds=TIMEOUT)
         if kind == "hit":
             await wait_until_cached(gateway)
         response = await base_url_request(gateway, f"{BASE_URL}/{KONTEXT}", "POST", json=CAT)
@@ -325,7 +327,7 @@ async def test_a_virtual_id_belongs_to_its_owner(
             await submit(gateway, CAT, Authorization=BOB)
         else:
             running = group.create_task(run(gateway, CAT, Authorization=BOB))
-            await wait_until(lambda: queue.paid == 1)
+            await wait_until(lambda: queue.paid == 1, seconds=TIMEOUT)
             if kind == "hit":
                 queue.release()
                 await running
@@ -399,7 +401,7 @@ async def test_an_id_that_waited_for_a_run_survives_a_restart(
     queue.output = lambda number: failing(image_result(number), status)
     async with asyncio.TaskGroup() as group:
         group.create_task(run(gateway))
-        await wait_until(lambda: queue.paid == 1)
+        await wait_until(lambda: queue.paid == 1, seconds=TIMEOUT)
         request_id = await submitted_id(await submit(gateway))
         queue.release()
     await request_about(gateway, request_id, "/status/stream")
@@ -425,7 +427,7 @@ async def test_ids_are_valid_in_every_process(
     queue.hold()
     async with asyncio.TaskGroup() as group:
         group.create_task(run(one))
-        await wait_until(lambda: queue.paid == 2)
+        await wait_until(lambda: queue.paid == 2, seconds=TIMEOUT)
         waiting = await submitted_id(await submit(one))
         document = await (await request_about(other, waiting, "/status")).json()
         assert document["status"] == "IN_PROGRESS"
@@ -461,7 +463,7 @@ async def test_polls_of_fal_s_ids_do_not_read_the_store(
         for suffix in ("/status", "/status?logs=1", "/status"):
             assert (await request_about(gateway, request_id, suffix)).status in (202, 404)
     stream = asyncio.ensure_future(request_about(gateway, fal_id, "/status/stream"))
-    await wait_until(lambda: queue.fake.seen[-1].target.endswith("/stream"))
+    await wait_until(lambda: queue.fake.seen[-1].target.endswith("/stream"), seconds=TIMEOUT)
     assert command_counts(redis) == before
     queue.release()
     await stream
@@ -550,7 +552,9 @@ async def test_equal_calls_of_one_process_are_shared_without_a_store(
         calls = [
             group.create_task(call(gateway_without_store)) for call in (run, run, submit, submit)
         ]
-        await wait_until(lambda: queue.paid == 1 and sum(task.done() for task in calls) >= 1)
+        await wait_until(
+            lambda: queue.paid == 1 and sum(task.done() for task in calls) >= 1, seconds=TIMEOUT
+        )
         await asyncio.sleep(0.1)
         queue.release()
     for task in calls[:2]:
@@ -573,7 +577,7 @@ async def test_an_id_of_this_process_is_valid_without_a_store(
             await submit(gateway_without_store)
         else:
             group.create_task(run(gateway_without_store))
-        await wait_until(lambda: queue.paid == 1)
+        await wait_until(lambda: queue.paid == 1, seconds=TIMEOUT)
         request_id = await submitted_id(await submit(gateway_without_store))
         assert uuid_version(request_id) == 8
         await asyncio.sleep(1.1)
@@ -626,7 +630,7 @@ async def test_a_frozen_store_delays_one_call_only(
             assert time.monotonic() - started < 0.5
         finally:
             redis.thaw()
-        async with asyncio.timeout(SOON):
+        async with asyncio.timeout(TIMEOUT):
             while not is_hit(await run(gateway)):
                 await asyncio.sleep(0.1)
 
@@ -640,7 +644,7 @@ async def run_until_sent(gateway: Gateway, queue: FakeQueue) -> None:
     started = time.monotonic()
     paid = queue.paid
     call = asyncio.ensure_future(run(gateway, {"prompt": "slow"}))
-    await wait_until(lambda: queue.paid == paid + 1)
+    await wait_until(lambda: queue.paid == paid + 1, seconds=TIMEOUT)
     assert time.monotonic() - started < 2.0
     call.cancel()
 

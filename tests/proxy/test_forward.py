@@ -22,7 +22,9 @@ from tests.support.header_names import ADDED, KEPT_BACK, OF_THE_CONNECTION
 from tests.support.key_search import CANARY
 from tests.support.settings import make_settings
 from tests.support.urls import PROXY, REQUEST, RUN
-from tests.support.waiting import SOON, wait_until
+from tests.support.waiting import wait_until
+
+TIMEOUT = 5.0  # seconds; of `wait_until`
 
 pytestmark = [
     pytest.mark.both_event_loops,
@@ -498,14 +500,14 @@ async def test_a_disconnect_aborts_the_call_to_fal(
     fal.respond = work
     headers = {"x-fal-target-url": RUN}
     call = asyncio.ensure_future(session.post(gateway.origin + PROXY, json={}, headers=headers))
-    await wait_until(lambda: bool(fal.seen))
+    await wait_until(lambda: bool(fal.seen), seconds=TIMEOUT)
     if started:
         response = await call
         await response.content.readany()
         response.close()
     else:
         call.cancel()
-    await wait_until(lambda: cancelled)
+    await wait_until(lambda: cancelled, seconds=TIMEOUT)
 
 
 async def test_an_event_is_relayed_before_the_next_one_is_sent(
@@ -518,7 +520,7 @@ async def test_an_event_is_relayed_before_the_next_one_is_sent(
         await response.prepare(request)
         for number in range(20):
             await response.write(b"data: %d\n\n" % number)
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(TIMEOUT):
                 assert await events.get() == b"data: %d\n\n" % number
         return response
 
@@ -558,7 +560,7 @@ async def test_an_access_log_can_name_the_headers_of_a_stream(fal: FakeFal, tmp_
             ) as response:
                 assert await response.read() == b"data: 1\n\n"
                 assert response.headers["X-Own"] == "1"
-            await wait_until(lambda: bool(logged))
+            await wait_until(lambda: bool(logged), seconds=TIMEOUT)
     finally:
         await runner.cleanup()
     assert {("Content-Type", "text/event-stream"), ("X-Own", "1")} <= {*logged[0]}
@@ -605,7 +607,7 @@ async def test_a_request_body_is_sent_while_it_arrives(
 
     async def body() -> AsyncIterator[bytes]:
         yield b"first"
-        async with asyncio.timeout(SOON):
+        async with asyncio.timeout(TIMEOUT):
             await arrived.wait()
         yield b"last"
 
@@ -668,7 +670,7 @@ async def test_a_disconnect_inside_a_streamed_body_aborts_the_call(
     )
     await started.wait()
     writer.close()
-    await wait_until(lambda: bool(ended))
+    await wait_until(lambda: bool(ended), seconds=TIMEOUT)
     assert len(ended[0]) < 1000
 
 
@@ -760,7 +762,7 @@ async def test_a_call_ends_with_the_request_that_reads_its_document(
     wire.serve = serve
     gateway = await make_gateway(wire.origin, upstream_timeout=60 if disconnects else 0.2)
     call = asyncio.ensure_future(gateway.client.post("/api/fal/queue/fal-ai/flux/dev", json={}))
-    await wait_until(lambda: wire.connections == 1)
+    await wait_until(lambda: wire.connections == 1, seconds=TIMEOUT)
     if disconnects:
         await asyncio.sleep(0.05)
         call.cancel()
@@ -768,7 +770,7 @@ async def test_a_call_ends_with_the_request_that_reads_its_document(
         response = await call
         assert response.status == 504
         assert response.headers["x-fal-request-timeout-type"] == "user"
-    async with asyncio.timeout(SOON):
+    async with asyncio.timeout(TIMEOUT):
         await ended.wait()
 
 

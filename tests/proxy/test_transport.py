@@ -560,7 +560,7 @@ async def test_bytes_decrypted_with_a_response_are_not_the_next_one(
     opened = await transport._new_connection(origin)
     request = UpstreamRequest(origin, "GET", "/", [])
     opened.start_request(request, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", waiter, wait_for_body=True)
-    await wait_until(lambda: waiter.responses)
+    await wait_until(lambda: waiter.responses, seconds=5)
     await asyncio.sleep(0.1)
     assert waiter.responses == [bytes(connection.BUFFER_SIZE - 42)]
     server.close()
@@ -962,7 +962,7 @@ async def test_an_error_in_a_callback_ends_the_exchange(
     waiter = FailingWaiter()
     head = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
     connection.start_request(request_to(wire), head, waiter)
-    await wait_until(lambda: waiter.error is not None)
+    await wait_until(lambda: waiter.error is not None, seconds=5)
     assert isinstance(waiter.error, ConnectionLostError)
     assert not connection.is_reusable(check_socket=False)
     assert await read_body(await transport.send(request_to(wire))) == b"ok"

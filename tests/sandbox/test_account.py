@@ -81,7 +81,7 @@ async def test_costs_are_shown_by_tag(proxy: SandboxProxy) -> None:
     await proxy.call_target(
         f"https://queue.fal.run/{DEV}", DRAW, headers={"X-Fal-Tags": "team=b, bad"}
     )
-    await wait_until(lambda: proxy.sandbox.jobs >= 3)
+    await wait_until(lambda: proxy.sandbox.jobs >= 3, seconds=5)
     async with proxy.session.get(f"{proxy.fal_origin}/sandbox/state") as response:
         state = await response.json()
     assert state["spent_by_tag"] == {"team=a": 0.05, "user=ann": 0.025, "team=b": 0.025}

@@ -270,7 +270,7 @@ async def test_a_call_is_not_billed_if_its_client_disconnects(fal: OfflineFal) -
             headers=KEY,
             timeout=ClientTimeout(total=0.05),
         )
-    await wait_until(lambda: fal.sandbox.seen)
+    await wait_until(lambda: fal.sandbox.seen, seconds=2)
     assert fal.sandbox.seen[-1].status == 499
     assert fal.sandbox.jobs == 0
 
@@ -328,7 +328,7 @@ async def test_a_stream_is_not_billed_if_its_client_disconnects(fal: OfflineFal)
     async with fal.client.post(url, json=body, headers=KEY) as response:
         await response.content.readuntil(b"\n\n")
         response.close()
-    await wait_until(lambda: fal.sandbox.seen)
+    await wait_until(lambda: fal.sandbox.seen, seconds=2)
     assert fal.sandbox.seen[-1].status == 499
     assert fal.sandbox.jobs == 0
 

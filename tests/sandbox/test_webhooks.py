@@ -33,7 +33,7 @@ class Receiver:
     posts: list[tuple[CIMultiDictProxy[str], bytes]] = field(default_factory=list)
 
     async def wait(self, count: int = 1) -> None:
-        await wait_until(lambda: len(self.posts) >= count)
+        await wait_until(lambda: len(self.posts) >= count, seconds=3)
 
 
 @pytest.fixture

@@ -41,7 +41,9 @@ def env(fal: FakeFal, tmp_path: Path) -> dict[str, str]:
 async def stopping(proxy: CliProcess, number: int = signal.SIGTERM) -> AsyncIterator[None]:
     """Context manager: the time from a signal to the end of the process."""
     proxy.process.send_signal(number)
-    await wait_until(lambda: any("Stopping" in str(line["message"]) for line in proxy.log))
+    await wait_until(
+        lambda: any("Stopping" in str(line["message"]) for line in proxy.log), seconds=5
+    )
     yield
     async with asyncio.timeout(10):
         assert await proxy.process.wait() == 0

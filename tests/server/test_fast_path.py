@@ -43,7 +43,7 @@ from tests.support.gateway import FastPathTestServer
 from tests.support.key_search import CANARY, LEAKS
 from tests.support.settings import make_settings
 from tests.support.urls import PROXY, REQUEST, SUBMIT
-from tests.support.waiting import SOON, wait_until
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.both_event_loops
 
@@ -127,7 +127,7 @@ class Client:
 
     async def read_response(self) -> bytes:
         """Return the next response, whose body has a length or chunks."""
-        async with asyncio.timeout(SOON):
+        async with asyncio.timeout(TIMEOUT):
             head = await self.reader.readuntil(b"\r\n\r\n")
             if b"transfer-encoding: chunked" in head.lower():
                 return head + await self.reader.readuntil(b"0\r\n\r\n")
@@ -327,7 +327,7 @@ async def test_a_connection_under_load_returns_to_the_fast_path(
     for _ in range(responses):
         assert b" 202 " in await client.read_response()
     assert proxy.fast_path_hits == hits
-    await wait_until(lambda: proxy.in_progress == 0)
+    await wait_until(lambda: proxy.in_progress == 0, seconds=TIMEOUT)
 
 
 async def test_a_client_that_leaves_in_that_moment_is_forgotten(
@@ -342,7 +342,7 @@ async def test_a_client_that_leaves_in_that_moment_is_forgotten(
     with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
         await client.read_response()
     monkeypatch.undo()
-    await wait_until(lambda: proxy.in_progress == 0)
+    await wait_until(lambda: proxy.in_progress == 0, seconds=TIMEOUT)
     assert await (await proxy.client()).request(poll())
 
 
@@ -457,7 +457,10 @@ async def test_fast_path_calls_are_logged_like_all_others(
     client = await proxy.client()
     for _ in range(2):
         await client.request(poll())
-    await wait_until(lambda: sum(record.name == "falproxy.calls" for record in caplog.records) == 2)
+    await wait_until(
+        lambda: sum(record.name == "falproxy.calls" for record in caplog.records) == 2,
+        seconds=TIMEOUT,
+    )
     first, second = (
         record.fields  # type: ignore[attr-defined]
         for record in caplog.records
@@ -705,8 +708,8 @@ async def test_a_disconnect_aborts_the_call_to_fal(make: Make, fal: ScriptedFal)
 
     fal.respond = respond
     client.writer.write(poll())
-    await wait_until(lambda: fal.closed == 1)
-    await wait_until(lambda: proxy.in_progress == 0)
+    await wait_until(lambda: fal.closed == 1, seconds=TIMEOUT)
+    await wait_until(lambda: proxy.in_progress == 0, seconds=TIMEOUT)
     assert proxy.fast_path_hits == 1
     assert proxy.count("status") == {"202": 1, "499": 1}
 
@@ -743,7 +746,7 @@ async def test_a_silent_fal_is_a_504(make: Make, fal: ScriptedFal, request_bytes
     response = await client.request(request_bytes)
     assert b" 504 " in response
     assert b"upstream_timeout" in response
-    assert 0.25 < time.monotonic() - started < TIMEOUT
+    assert 0.25 < time.monotonic() - started < 2.0
     assert (b"x-fal-request-timeout-type: user" in response) == request_bytes.startswith(b"POST")
     assert proxy.fast_path_hits == 1
     assert len(fal.seen) == 2
@@ -765,7 +768,7 @@ async def test_a_broken_response_is_broken_for_the_client_too(make: Make, fal: S
         await client.request(poll())
     assert proxy.fast_path_hits == 1
     assert len(fal.seen) == 2
-    await wait_until(lambda: proxy.in_progress == 0)
+    await wait_until(lambda: proxy.in_progress == 0, seconds=TIMEOUT)
 
 
 async def test_a_response_in_two_pieces_stays_on_the_fast_path(
@@ -812,11 +815,11 @@ async def test_a_disconnect_behind_a_pipelined_request_is_noticed(
 
     fal.respond = respond
     client.writer.write(poll())
-    await wait_until(lambda: proxy.fast_path_hits == 1)
+    await wait_until(lambda: proxy.fast_path_hits == 1, seconds=TIMEOUT)
     client.writer.write(poll())
     await asyncio.sleep(0.05)
     client.writer.close()
-    await wait_until(lambda: proxy.count("status").get("499") == 1)
+    await wait_until(lambda: proxy.count("status").get("499") == 1, seconds=TIMEOUT)
     assert proxy.in_progress == 0
 
 
@@ -898,7 +901,7 @@ async def test_submits_on_the_fast_path_are_in_the_ledger(make: Make, fal: Scrip
         fal.response = accepted(f"request-{number}")
         await client.request(submit())
     assert proxy.fast_path_hits == 2
-    await wait_until(lambda: len(proxy.ledger_rows()) == 3)
+    await wait_until(lambda: len(proxy.ledger_rows()) == 3, seconds=TIMEOUT)
     assert proxy.ledger_rows() == [
         (200, None, "submit", "fal-ai/flux/dev", f"request-{number}", None, None)
         for number in range(3)
@@ -921,7 +924,7 @@ async def test_the_cost_of_a_submit_is_settled_with_its_result(
     assert proxy.fast_path_hits == 1
     spent = proxy.server.app[METRICS].snapshot()["spent"]
     assert list(spent) == ["fal-ai/flux/dev"]
-    await wait_until(lambda: len(proxy.ledger_rows()) == 2)
+    await wait_until(lambda: len(proxy.ledger_rows()) == 2, seconds=TIMEOUT)
     with sqlite3.connect(proxy.folder / "ledger.sqlite") as ledger:
         (total,) = ledger.execute("SELECT SUM(settled) FROM falproxy_outcomes").fetchone()
     assert spent["fal-ai/flux/dev"] == total > 0
@@ -1022,7 +1025,7 @@ async def test_a_submit_is_never_sent_twice(make: Make, fal: ScriptedFal) -> Non
     assert b"x-fal-request-timeout-type: user" in response
     assert proxy.fast_path_hits == 1
     assert len(fal.seen) == 2
-    await wait_until(lambda: len(proxy.ledger_rows()) == 2)
+    await wait_until(lambda: len(proxy.ledger_rows()) == 2, seconds=TIMEOUT)
     assert proxy.ledger_rows()[1][0] == 504
     assert proxy.ledger_rows()[1][-2:] == ("upstream_broken", None), "the cost is unknown"
 
@@ -1059,7 +1062,7 @@ async def test_a_submit_whose_client_left_is_recorded_without_a_cost(
 
     fal.respond = respond
     client.writer.write(submit())
-    await wait_until(lambda: len(proxy.ledger_rows()) == 2)
+    await wait_until(lambda: len(proxy.ledger_rows()) == 2, seconds=TIMEOUT)
     assert proxy.fast_path_hits == 1
     status, *_, error, settled = proxy.ledger_rows()[1]
     assert (status, error, settled) == (499, "client_left", None)
@@ -1104,11 +1107,11 @@ async def test_a_submit_whose_client_leaves_during_the_fallback_is_recorded(
     fal.respond = respond
     raw.sendall(submit())
     await arrived.wait()
-    await wait_until(lambda: len(proxy.ledger_rows()) == 2)
+    await wait_until(lambda: len(proxy.ledger_rows()) == 2, seconds=TIMEOUT)
     assert len(fal.seen) == 2
     assert proxy.fast_path_hits == 1
     assert proxy.ledger_rows()[1][0] in (status, 499)
-    await wait_until(lambda: proxy.in_progress == 0)
+    await wait_until(lambda: proxy.in_progress == 0, seconds=TIMEOUT)
     assert sum(proxy.count("submit").values()) == 2
 
 
@@ -1155,7 +1158,7 @@ async def test_a_fallback_keeps_the_timings(make: Make, fal: ScriptedFal) -> Non
     started = time.time()
     await client.request(submit())
     elapsed = time.time() - started
-    await wait_until(lambda: len(proxy.ledger_rows()) == 2)
+    await wait_until(lambda: len(proxy.ledger_rows()) == 2, seconds=TIMEOUT)
     with sqlite3.connect(proxy.folder / "ledger.sqlite") as ledger:
         at, seconds, upstream = ledger.execute(
             "SELECT at, seconds, upstream_seconds FROM falproxy_entries ORDER BY rowid DESC"

@@ -26,7 +26,7 @@ from tests.support.fake_fal import FakeFal
 from tests.support.key_search import CANARY
 from tests.support.ports import free_port
 from tests.support.urls import PROXY, RUN
-from tests.support.waiting import SOON, wait_until
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -62,7 +62,7 @@ async def serving_unix(
     )
     reading = asyncio.ensure_future(process.read_log())
     try:
-        async with asyncio.timeout(SOON):
+        async with asyncio.timeout(20):
             while not any(
                 f"listens on unix:{path}" in str(each["message"]) for each in process.log
             ):
@@ -148,7 +148,7 @@ async def test_the_socket_of_a_killed_process_is_replaced(
         assert await run(session, "http://localhost") == 200
         proxy.process.kill()
         await proxy.process.wait()
-    await wait_until(lambda: not is_used(socket_file))
+    await wait_until(lambda: not is_used(socket_file), seconds=20)
     async with serving_unix(socket_file, workers, env) as (proxy, session):
         assert await run(session, "http://localhost") == 200
         assert await proxy.stop() == 0

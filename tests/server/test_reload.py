@@ -18,7 +18,9 @@ from tests.support.cli_process import CliProcess, run_command
 from tests.support.fake_fal import FakeFal, respond_hello
 from tests.support.key_search import CANARY
 from tests.support.urls import PROXY, REQUEST, RUN
-from tests.support.waiting import SOON, wait_until
+from tests.support.waiting import wait_until
+
+TIMEOUT = 20.0  # seconds; of `wait_until`
 
 pytestmark = pytest.mark.slow
 
@@ -65,14 +67,18 @@ async def serving(dotenv: Dotenv, workers: int = 1) -> AsyncIterator[CliProcess]
     async with run_command(*arguments, CWD=str(dotenv.folder)) as proxy:
         pid = proxy.process.pid
         children = Path(f"/proc/{pid}/task/{pid}/children")
-        await wait_until(lambda: workers == 1 or len(children.read_text().split()) == workers)
+        await wait_until(
+            lambda: workers == 1 or len(children.read_text().split()) == workers, seconds=TIMEOUT
+        )
         yield proxy
 
 
 async def reload(proxy: CliProcess, workers: int) -> None:
     before = count(proxy, "The settings were reloaded")
     proxy.process.send_signal(signal.SIGHUP)
-    await wait_until(lambda: count(proxy, "The settings were reloaded") == before + workers)
+    await wait_until(
+        lambda: count(proxy, "The settings were reloaded") == before + workers, seconds=TIMEOUT
+    )
 
 
 async def call(session: ClientSession, proxy: CliProcess, key: str, url: str = RUN) -> int:
@@ -211,7 +217,7 @@ async def test_invalid_settings_are_reported_and_the_old_ones_stay(
     async with serving(dotenv, workers) as proxy, ClientSession() as session:
         dotenv.write(**values)
         proxy.process.send_signal(signal.SIGHUP)
-        await wait_until(lambda: count(proxy, "were not reloaded"))
+        await wait_until(lambda: count(proxy, "were not reloaded"), seconds=TIMEOUT)
         (line,) = [line for line in proxy.log if "were not reloaded" in str(line["message"])]
         assert text in str(line["message"])
         assert await call(session, proxy, ANN) == 200
@@ -237,7 +243,9 @@ async def test_a_restarted_worker_has_the_new_settings(dotenv: Dotenv) -> None:
         old = {*map(int, children.read_text().split())}
         for worker in old:
             os.kill(worker, signal.SIGKILL)
-        await wait_until(lambda: len({*map(int, children.read_text().split())} - old) == 2)
+        await wait_until(
+            lambda: len({*map(int, children.read_text().split())} - old) == 2, seconds=TIMEOUT
+        )
 
         async def serves() -> bool:
             try:
@@ -245,7 +253,7 @@ async def test_a_restarted_worker_has_the_new_settings(dotenv: Dotenv) -> None:
             except OSError:
                 return False
 
-        async with asyncio.timeout(SOON):
+        async with asyncio.timeout(TIMEOUT):
             while not await serves():
                 await asyncio.sleep(0.05)
 
@@ -271,7 +279,7 @@ async def test_metrics_go_on(dotenv: Dotenv) -> None:
 async def test_the_sandbox_survives_the_signal(tmp_path: Path) -> None:
     async with run_command("serve", "--sandbox", CWD=str(tmp_path)) as proxy:
         proxy.process.send_signal(signal.SIGHUP)
-        await wait_until(lambda: count(proxy, "needs a restart"))
+        await wait_until(lambda: count(proxy, "needs a restart"), seconds=TIMEOUT)
         assert await proxy.stop() == 0
 
 
@@ -310,6 +318,6 @@ async def test_an_application_is_open_until_a_request_that_has_just_begun_ends()
         async with ClientSession() as session, session.get(f"http://{host}:{port}/") as response:
             assert await response.text() == "open"
         await replacing
-        await wait_until(is_closed.is_set)
+        await wait_until(is_closed.is_set, seconds=TIMEOUT)
     finally:
         await runner.cleanup()

@@ -14,7 +14,6 @@ from falproxy.server.service_manager import ServiceManager
 from tests.support.cli_process import run_command
 from tests.support.fake_fal import FakeFal
 from tests.support.key_search import CANARY
-from tests.support.waiting import SOON
 
 if not sys.platform.startswith("linux"):
     pytest.skip("needs abstract sockets", allow_module_level=True)
@@ -53,7 +52,7 @@ def env(fal: FakeFal, tmp_path: Path, manager: socket.socket) -> dict[str, str]:
 async def receive(manager: socket.socket, is_last: Callable[[str], bool]) -> list[str]:
     """Return the messages up to one."""
     messages: list[str] = []
-    async with asyncio.timeout(SOON):
+    async with asyncio.timeout(20):
         while not messages or not is_last(messages[-1]):
             data = await asyncio.get_running_loop().sock_recv(manager, 4096)
             messages.append(data.decode())

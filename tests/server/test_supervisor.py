@@ -34,7 +34,9 @@ from tests.support.fake_fal import FakeFal, respond_hello
 from tests.support.key_search import CANARY
 from tests.support.ports import free_port
 from tests.support.urls import PROXY, REQUEST, RUN
-from tests.support.waiting import SOON, wait_until
+from tests.support.waiting import wait_until
+
+LONG_TIMEOUT = 30.0  # seconds; of `wait_until`
 
 pytestmark = pytest.mark.slow
 
@@ -66,7 +68,7 @@ def env(fal: FakeFal, tmp_path: Path, short_folder: Path) -> dict[str, str]:
 
 
 async def until_async(is_true: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(SOON):
+    async with asyncio.timeout(LONG_TIMEOUT):
         while not await is_true():
             await asyncio.sleep(0.02)
 
@@ -94,7 +96,9 @@ async def serving(env: dict[str, str], workers: int = 2) -> AsyncIterator[CliPro
 
 async def until_all_serve(proxy: CliProcess, env: dict[str, str], workers: int = 2) -> None:
     port = int(proxy.origin.rpartition(":")[2])
-    await wait_until(lambda: len(worker_pids(proxy)) == workers == listeners(port))
+    await wait_until(
+        lambda: len(worker_pids(proxy)) == workers == listeners(port), seconds=LONG_TIMEOUT
+    )
 
 
 def listeners(port: int) -> int:
@@ -115,7 +119,7 @@ def is_alive(pid: int) -> bool:
 async def poll(origin: str) -> str:
     """Poll a status on a new connection. Return the id that the proxy gave the request."""
     async with (
-        ClientSession(timeout=ClientTimeout(SOON)) as session,
+        ClientSession(timeout=ClientTimeout(LONG_TIMEOUT)) as session,
         session.get(origin + PROXY, headers=POLL) as response,
     ):
         assert response.status == 200
@@ -163,12 +167,12 @@ async def test_a_killed_worker_is_restarted(env: dict[str, str]) -> None:
     async with serving(env) as proxy:
         killed = min(worker_pids(proxy))
         os.kill(killed, signal.SIGKILL)
-        await wait_until(lambda: exits(proxy))
+        await wait_until(lambda: exits(proxy), seconds=LONG_TIMEOUT)
         assert exits(proxy) == [("1", str(killed), "signal 9", "0.1")]
         await until_all_serve(proxy, env)
         for _ in range(10):
             await poll(proxy.origin)
-        await wait_until(lambda: len(sockets_of(env)) == 2)
+        await wait_until(lambda: len(sockets_of(env)) == 2, seconds=LONG_TIMEOUT)
         assert await proxy.stop() == 0
 
 
@@ -211,9 +215,9 @@ async def test_the_counters_of_a_killed_worker_stay(env: dict[str, str]) -> None
         await until_async(are_saved)
         for restarts in (1, 2):
             os.kill(min(worker_pids(proxy)), signal.SIGKILL)
-            await wait_until(lambda: len(exits(proxy)) == restarts)  # noqa: B023
+            await wait_until(lambda: len(exits(proxy)) == restarts, seconds=LONG_TIMEOUT)  # noqa: B023
             await until_all_serve(proxy, env)
-            await wait_until(lambda: len(sockets_of(env)) == 2)
+            await wait_until(lambda: len(sockets_of(env)) == 2, seconds=LONG_TIMEOUT)
             found = await samples()
             assert found[polls] == 30
             assert found["falproxy_worker_restarts_total"] == restarts
@@ -225,10 +229,10 @@ async def test_the_delay_of_restarts_grows(env: dict[str, str]) -> None:
     async with serving(env) as proxy:
         survivor = max(worker_pids(proxy))
         for crashes in range(1, 4):
-            await wait_until(lambda: worker_pids(proxy) - {survivor})
+            await wait_until(lambda: worker_pids(proxy) - {survivor}, seconds=LONG_TIMEOUT)
             (other,) = worker_pids(proxy) - {survivor}
             os.kill(other, signal.SIGKILL)
-            await wait_until(partial(have_exited, proxy, crashes))
+            await wait_until(partial(have_exited, proxy, crashes), seconds=LONG_TIMEOUT)
         assert [seconds for *_, seconds in exits(proxy)] == ["0.1", "0.2", "0.4"]
         assert await poll(proxy.origin)
 
@@ -251,14 +255,14 @@ async def test_a_worker_that_gets_sigterm_finishes_its_calls(
     async with serving(env) as proxy, ClientSession() as session:
         before = worker_pids(proxy)
         call = asyncio.ensure_future(run(session, proxy))
-        await wait_until(lambda: fal.seen)
+        await wait_until(lambda: fal.seen, seconds=LONG_TIMEOUT)
         for pid in before:
             os.kill(pid, signal.SIGTERM)
             os.kill(pid, signal.SIGTERM)
-        await wait_until(lambda: sum(map(is_alive, before)) == 1)
+        await wait_until(lambda: sum(map(is_alive, before)) == 1, seconds=LONG_TIMEOUT)
         release.set()
         assert await call == {"finished": True}
-        await wait_until(lambda: not worker_pids(proxy) & before)
+        await wait_until(lambda: not worker_pids(proxy) & before, seconds=LONG_TIMEOUT)
         await until_all_serve(proxy, env)
         assert await proxy.stop() == 0
 
@@ -285,10 +289,10 @@ async def test_a_stop_lets_running_calls_finish(
     fal.respond = held_until(release)
     async with serving(env) as proxy, ClientSession(connector=TCPConnector(limit=0)) as session:
         calls = [asyncio.ensure_future(run(session, proxy)) for _ in range(8)]
-        await wait_until(lambda: len(fal.seen) == 8)
+        await wait_until(lambda: len(fal.seen) == 8, seconds=LONG_TIMEOUT)
         stopping = asyncio.ensure_future(proxy.stop(number))
         port = int(proxy.origin.rpartition(":")[2])
-        await wait_until(lambda: listeners(port) == 0)
+        await wait_until(lambda: listeners(port) == 0, seconds=LONG_TIMEOUT)
         release.set()
         assert await asyncio.gather(*calls) == [{"finished": True}] * 8
         assert await stopping == 0
@@ -299,11 +303,14 @@ async def test_a_second_signal_kills_the_workers(env: dict[str, str], fal: FakeF
     async with serving(env | {"FALPROXY_DRAIN": "300"}) as proxy, ClientSession() as session:
         workers = worker_pids(proxy)
         call = asyncio.ensure_future(run(session, proxy))
-        await wait_until(lambda: fal.seen)
+        await wait_until(lambda: fal.seen, seconds=LONG_TIMEOUT)
         proxy.process.send_signal(signal.SIGTERM)
-        await wait_until(lambda: any("Stopping" in str(line["message"]) for line in proxy.log))
+        await wait_until(
+            lambda: any("Stopping" in str(line["message"]) for line in proxy.log),
+            seconds=LONG_TIMEOUT,
+        )
         proxy.process.send_signal(signal.SIGTERM)
-        async with asyncio.timeout(SOON):
+        async with asyncio.timeout(LONG_TIMEOUT):
             assert await proxy.process.wait() == 128 + signal.SIGTERM
         assert not any(map(is_alive, workers))
         with pytest.raises(ClientError):
@@ -315,7 +322,7 @@ async def test_a_worker_that_does_not_stop_is_killed(env: dict[str, str]) -> Non
         workers = worker_pids(proxy)
         os.kill(min(workers), signal.SIGSTOP)
         proxy.process.send_signal(signal.SIGTERM)
-        async with asyncio.timeout(SOON):
+        async with asyncio.timeout(LONG_TIMEOUT):
             assert await proxy.process.wait() == 1
         assert not any(map(is_alive, workers))
 
@@ -327,15 +334,15 @@ async def test_workers_stop_when_the_supervisor_dies(env: dict[str, str], fal: F
     async with serving(env | drain) as proxy, ClientSession() as session:
         workers = worker_pids(proxy)
         call = asyncio.ensure_future(run(session, proxy))
-        await wait_until(lambda: fal.seen)
+        await wait_until(lambda: fal.seen, seconds=LONG_TIMEOUT)
         proxy.process.kill()
-        await wait_until(lambda: sum(map(is_alive, workers)) == 1)
+        await wait_until(lambda: sum(map(is_alive, workers)) == 1, seconds=LONG_TIMEOUT)
         port = proxy.origin.rpartition(":")[2]
         fal.respond = respond_hello
         await serve_at(port, env)  # while the old ones finish their calls
         release.set()
         assert await call == {"finished": True}
-        await wait_until(lambda: not any(map(is_alive, workers)))
+        await wait_until(lambda: not any(map(is_alive, workers)), seconds=LONG_TIMEOUT)
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
@@ -371,7 +378,7 @@ async def serve_at(port: str, env: dict[str, str]) -> None:
         stderr=asyncio.subprocess.DEVNULL,
     )
     try:
-        async with asyncio.timeout(SOON):
+        async with asyncio.timeout(LONG_TIMEOUT):
             while not await is_polled(f"http://127.0.0.1:{port}"):
                 assert process.returncode is None
     finally:
@@ -424,7 +431,7 @@ async def test_an_invalid_number_of_workers_is_refused(env: dict[str, str], coun
 
 async def test_the_warning_of_an_open_proxy_is_logged_once(env: dict[str, str]) -> None:
     async with run_command("serve", "--host", "0.0.0.0", **env) as proxy:
-        await wait_until(lambda: len(worker_pids(proxy)) == 2)
+        await wait_until(lambda: len(worker_pids(proxy)) == 2, seconds=LONG_TIMEOUT)
         assert await proxy.stop() == 0
     assert sum("OPEN" in str(line["message"]) for line in proxy.log) == 1
 
@@ -453,7 +460,9 @@ async def test_equal_calls_to_several_workers_are_paid_once(
         method: str, url: str, caller: dict[str, str]
     ) -> tuple[int, dict[str, str]]:
         async with (
-            ClientSession(timeout=ClientTimeout(SOON)) as session,  # a connection of its own
+            ClientSession(
+                timeout=ClientTimeout(LONG_TIMEOUT)
+            ) as session,  # a connection of its own
             session.request(
                 method,
                 proxy.origin + PROXY,
@@ -489,7 +498,7 @@ async def test_a_worker_without_metrics_is_left_out(
         is_over.set()
 
     server = await asyncio.start_unix_server(never_respond, short_folder / "1.sock")
-    async with asyncio.timeout(SNAPSHOT_TIMEOUT + SOON):
+    async with asyncio.timeout(SNAPSHOT_TIMEOUT + LONG_TIMEOUT):
         assert await fetch_snapshot(short_folder / "1.sock") is None
         await is_over.wait()
     server.close()

@@ -29,7 +29,9 @@ from falproxy.stores.ownership import (
 )
 from tests.support.fake_clock import FakeClock
 from tests.support.fake_store import FakeStore
-from tests.support.waiting import SOON, wait_until
+from tests.support.waiting import wait_until
+
+TIMEOUT = 5.0  # seconds; of `wait_until`
 
 ANN = RequestOwner("ann", "mark")
 BOB = RequestOwner("bob", "mark")
@@ -155,7 +157,7 @@ async def test_expired_owners_are_deleted_while_the_file_is_open(file: Path) -> 
     clock.now += 101.0
     for number, left in enumerate((SWEEP_BATCH_SIZE + 6, 6, 0)):
         await store.put_owner(f"later {number}", ANN)
-        async with asyncio.timeout(SOON):  # it is deleted after the owner was stored
+        async with asyncio.timeout(TIMEOUT):  # it is deleted after the owner was stored
             while count_owners(file) != left + number + 1:
                 await asyncio.sleep(0.01)
     assert await store.get_owner("a") is None
@@ -232,7 +234,9 @@ async def test_owners_are_written_after_a_lock_and_found_by_other_processes(
     with locked(file):
         started = time.monotonic()
         await asyncio.gather(*(ownership.add(str(n), ANN) for n in range(20)))
-        assert time.monotonic() - started < 10 * BUSY_TIMEOUT, "they wait for the lock together"
+        assert time.monotonic() - started < 2 * BUSY_TIMEOUT + 0.5, (
+            "they wait for the lock together"
+        )
         await assert_unavailable(other, "1")
         waiting = asyncio.create_task(other.get("2"))
         await asyncio.sleep(1.0)
@@ -353,8 +357,8 @@ async def test_an_owner_is_written_after_the_recovery_of_the_store(
     await shared.add("1", ANN)
     assert await shared.get("1") == ANN
     store.error = None
-    await wait_until(lambda: not breaker.is_open)
-    await wait_until(lambda: store.owners == {"1": ANN})
+    await wait_until(lambda: not breaker.is_open, seconds=TIMEOUT)
+    await wait_until(lambda: store.owners == {"1": ANN}, seconds=TIMEOUT)
 
 
 async def test_owners_in_memory_are_bounded(shared: RequestOwnership, store: FakeStore) -> None:
@@ -380,7 +384,7 @@ async def test_an_owner_that_another_process_writes_late_is_found(
     shared: RequestOwnership, store: FakeStore
 ) -> None:
     waiting = asyncio.create_task(shared.get("1"))
-    await wait_until(lambda: store.operations.count("get_owner") > 1)
+    await wait_until(lambda: store.operations.count("get_owner") > 1, seconds=TIMEOUT)
     store.owners["1"] = ANN
     assert await waiting == ANN
 
@@ -391,7 +395,7 @@ async def test_a_lookup_waits_for_the_recovery_of_the_store(
     store.owners["1"] = ANN
     store.error = STORE_DOWN
     waiting = asyncio.create_task(shared.get("1"))
-    await wait_until(lambda: breaker.is_open)
+    await wait_until(lambda: breaker.is_open, seconds=TIMEOUT)
     await asyncio.sleep(0.5)
     assert not waiting.done()
     store.error = None
@@ -405,7 +409,7 @@ async def test_no_request_is_unknown_right_after_a_recovery(
     store.error = STORE_DOWN
     await shared.add("1", ANN)
     store.error = None
-    await wait_until(lambda: not breaker.is_open)
+    await wait_until(lambda: not breaker.is_open, seconds=TIMEOUT)
     started = time.monotonic()
     assert await shared.get("2") is None
     assert time.monotonic() - started > SETTLE_SECONDS
@@ -415,10 +419,10 @@ async def test_the_owners_in_memory_are_restored_when_the_store_was_emptied(
     shared: RequestOwnership, store: FakeStore
 ) -> None:
     store.content = StoreContent("first", is_new=False)
-    await wait_until(lambda: store.operations.count("probe") > 1)
+    await wait_until(lambda: store.operations.count("probe") > 1, seconds=TIMEOUT)
     store.owners["2"] = BOB
     assert await shared.get("2") == BOB
     await shared.add("1", ANN)
     store.owners.clear()
     store.content = StoreContent("second", is_new=True)
-    await wait_until(lambda: store.owners == {"1": ANN, "2": BOB})
+    await wait_until(lambda: store.owners == {"1": ANN, "2": BOB}, seconds=TIMEOUT)

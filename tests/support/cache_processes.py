@@ -134,7 +134,7 @@ async def serving(code: str | None = None, **env: str) -> AsyncIterator[CliProce
     served = CliProcess(process)
     reading = asyncio.ensure_future(served.read_log())
     try:
-        await wait_until(lambda: served.origin != "" or process.returncode is not None)
+        await wait_until(lambda: served.origin != "" or process.returncode is not None, seconds=20)
         assert process.returncode is None, served.log
         yield served
     finally:

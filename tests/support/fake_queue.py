@@ -13,7 +13,6 @@ from aiohttp import ClientResponse, web
 
 from tests.support.fake_fal import FakeFal
 from tests.support.gateway import Gateway
-from tests.support.waiting import SOON
 
 KONTEXT = "fal-ai/flux-pro/kontext"
 APP = "fal-ai/flux-pro"
@@ -195,7 +194,7 @@ async def submit(gateway: Gateway, body: object = CAT, **headers: str) -> Client
 
 async def send(gateway: Gateway, target: str, body: object, **headers: str) -> ClientResponse:
     fields = [(name.replace("_", "-"), value) for name, value in headers.items()]
-    async with asyncio.timeout(SOON):
+    async with asyncio.timeout(30):
         response = await gateway.call(target, json=body, headers=fields)
         await response.read()
     return response
@@ -209,7 +208,7 @@ async def request_about(
     suffix: empty for the result, `/status`, `/cancel` and so on.
     """
     target = f"https://queue.fal.run/{APP}/requests/{request_id}{suffix}"
-    async with asyncio.timeout(SOON):
+    async with asyncio.timeout(30):
         response = await gateway.call(target, method, headers=list(headers.items()))
         await response.read()
     return response
@@ -273,7 +272,7 @@ async def wait_until_cached(gateway: Gateway) -> None:
     async def is_cached() -> bool:
         return (await run(gateway, CAT, Cache_Control="only-if-cached")).status == 200
 
-    async with asyncio.timeout(SOON):
+    async with asyncio.timeout(30):
         while not await is_cached():
             await asyncio.sleep(0.005)
 

@@ -142,7 +142,7 @@ class Scenarios:
         assert result["error"]["name"] == "AbortError"
         assert result["milliseconds"] < 2000
         # The request to fal is aborted as well.
-        await wait_until(lambda: [seen.status for seen in world.sandbox.seen] == [499])
+        await wait_until(lambda: [seen.status for seen in world.sandbox.seen] == [499], seconds=90)
         assert world.sandbox.jobs == 0
 
     async def test_fifty_concurrent_requests_each_get_their_own_image(

@@ -10,7 +10,6 @@ from aiohttp import ClientSession
 
 from tests.support.cli_process import start_command
 from tests.support.key_search import LEAKS
-from tests.support.waiting import SOON
 
 
 async def run_usage(*arguments: str, folder: Path, **env: str) -> tuple[int, str, str]:
@@ -38,6 +37,6 @@ def now() -> str:
 
 async def wait_until_equal(read: Callable[[], Any], expected: int) -> None:
     """Wait for the ledger, which is written after the responses."""
-    async with asyncio.timeout(SOON):
+    async with asyncio.timeout(20):
         while await read() != expected:
             await asyncio.sleep(0.05)

@@ -1,20 +1,23 @@
-"""Waiting for something that happens soon, with one limit for a loaded machine."""
+"""Waiting for something that happens soon."""
 
 import asyncio
 import time
 from collections.abc import Callable
 
-SOON = 60.0  # seconds; more than a loaded machine takes, and half of a test's time limit
+SOON = 10.0  # seconds
 
 
-async def wait_until(condition: Callable[[], object], interval: float = 0.005) -> float:
-    """Wait until `condition()` is true, and return the seconds. Raises: TimeoutError.
+async def wait_until(condition: Callable[[], object], seconds: float = SOON) -> float:
+    """Wait until `condition()` is true, and return the seconds.
 
-    interval: seconds between two looks at the condition.
+    seconds: limit; shorter than what else would make the condition true, such as a time-out, a
+        lease or a retry of the product.
+
+    Raises: TimeoutError.
     """
     started = time.monotonic()  # not the event loop's clock, which some tests move forward
     while not condition():
-        if time.monotonic() - started > SOON:
-            raise TimeoutError(f"not within {SOON} s")
-        await asyncio.sleep(interval)
+        if time.monotonic() - started > seconds:
+            raise TimeoutError(f"not within {seconds} s")
+        await asyncio.sleep(0.005)
     return time.monotonic() - started

@@ -11,7 +11,7 @@ from aiohttp import web
 
 from tests.support.fake_fal import FakeFal
 from tests.support.sandbox_proxy import ASYNC, SandboxProxy, open_sandbox_proxy
-from tests.support.waiting import SOON, wait_until
+from tests.support.waiting import wait_until
 
 JOBS = "/api/images/jobs"
 QUICK = {"prompt": "!delay 0 a heron", "image_size": {"width": 32, "height": 32}}
@@ -127,7 +127,7 @@ class TestPosition:
 
     async def test_is_left_out_when_the_job_runs(self, proxy: SandboxProxy) -> None:
         job_id = await start_endless(proxy)
-        async with asyncio.timeout(SOON):
+        async with asyncio.timeout(5):
             while (job := (await proxy.job(job_id)).document)["status"] != "running":
                 assert isinstance(job["position"], int)
                 await asyncio.sleep(0.01)

@@ -49,7 +49,9 @@ from tests.support.key_search import CANARY, leak_trace
 from tests.support.kontext_parameters import ALL, CELLS, GIF, PARAMETERS, uri
 from tests.support.offline_fal import OfflineFal, offline_fal, png
 from tests.support.settings import make_settings
-from tests.support.waiting import SOON, wait_until
+from tests.support.waiting import wait_until
+
+TIMEOUT = 30.0  # seconds; of `wait_until`
 
 PNG = png()
 DATA = base64.b64encode(PNG).decode()
@@ -146,7 +148,7 @@ async def post(
     fields = {name.replace("_", "-"): value for name, value in headers.items()}
     fields["Content-Type"] = "application/json"
     content = io.BytesIO(json.dumps(body).encode())
-    async with asyncio.timeout(SOON):
+    async with asyncio.timeout(TIMEOUT):
         response = await gateway.client.post(f"/{variant}", data=content, headers=fields)
         await response.read()
     return response
@@ -791,16 +793,16 @@ async def test_the_error_of_a_time_out_has_the_duration(
     assert await error(response) == (500, "upstream_timeout", "fal.ai timed out after 0.3 s.")
     if cache:  # the job goes on, because its result is cached
         assert statuses(fal_offline, "PUT") == []
-        await wait_until(lambda: fal_offline.sandbox.jobs == 1)
+        await wait_until(lambda: fal_offline.sandbox.jobs == 1, seconds=TIMEOUT)
     else:
-        await wait_until(lambda: statuses(fal_offline, "PUT", "/cancel") == [202])
+        await wait_until(lambda: statuses(fal_offline, "PUT", "/cancel") == [202], seconds=TIMEOUT)
         assert fal_offline.sandbox.jobs == 0
 
 
 async def disconnect_while_running(gateway: Gateway, fal: OfflineFal) -> None:
     """Send a request, and disconnect when its job is running."""
     posting = asyncio.ensure_future(post(gateway, CAT | {"prompt": "!delay 0.5"}))
-    await wait_until(lambda: statuses(fal, "GET", "/status"))
+    await wait_until(lambda: statuses(fal, "GET", "/status"), seconds=TIMEOUT)
     posting.cancel()
     await asyncio.gather(posting, return_exceptions=True)
 
@@ -809,7 +811,7 @@ async def test_the_job_of_a_disconnected_client_is_cancelled(
     uncached: Gateway, fal_offline: OfflineFal
 ) -> None:
     await disconnect_while_running(uncached, fal_offline)
-    await wait_until(lambda: statuses(fal_offline, "PUT", "/cancel") == [202])
+    await wait_until(lambda: statuses(fal_offline, "PUT", "/cancel") == [202], seconds=TIMEOUT)
     assert fal_offline.sandbox.jobs == 0
 
 
@@ -817,7 +819,7 @@ async def test_a_job_whose_result_is_cached_goes_on(
     gateway: Gateway, fal_offline: OfflineFal
 ) -> None:
     await disconnect_while_running(gateway, fal_offline)
-    await wait_until(lambda: fal_offline.sandbox.jobs == 1)
+    await wait_until(lambda: fal_offline.sandbox.jobs == 1, seconds=TIMEOUT)
     await result(await post(gateway, CAT | {"prompt": "!delay 0.5"}))
     assert statuses(fal_offline, "PUT") == []
     assert fal_offline.sandbox.jobs == 1
@@ -845,7 +847,7 @@ async def test_an_input_is_stored_with_its_result(
     document = await result(response)
     assert response.headers["x-falproxy-rehost"] == "stored; count=1"
     assert document["images"][0]["url"].startswith(f"{gateway.origin}/files/")
-    await wait_until(lambda: stored_file(tmp_path, PNG).exists())
+    await wait_until(lambda: stored_file(tmp_path, PNG).exists(), seconds=TIMEOUT)
     assert stored_file(tmp_path, PNG).read_bytes() == PNG
 
 
@@ -858,7 +860,7 @@ async def test_an_input_that_fal_refuses_is_not_stored(
     await post(gateway, CAT | {"prompt": f"!error {failure}"})
     other = png("blue")
     await result(await post(gateway, CAT | {"image_data": uri(other)}))
-    await wait_until(lambda: stored)
+    await wait_until(lambda: stored, seconds=TIMEOUT)
     assert stored == [other]
 
 
@@ -872,7 +874,7 @@ async def test_an_input_that_the_safety_checker_flags_is_not_stored(
     for content, is_flagged in ((PNG, True), (other, False)):
         fal.respond = fake_queue(output | {"has_nsfw_concepts": [is_flagged]})
         await result(await post(gateway, CAT | {"image_data": uri(content)}))
-    await wait_until(lambda: stored)
+    await wait_until(lambda: stored, seconds=TIMEOUT)
     assert stored == [other]
 
 
@@ -894,7 +896,7 @@ async def test_an_input_is_stored_once(open_kontext: OpenKontext, fal_offline: O
         await result(await post(gateway, CAT | {"image_data": uri(content)}))
     url = put_file(fal_offline, "a.png", PNG)
     await result(await post(gateway, {"prompt": "another cat", "image_url": url}))
-    await wait_until(lambda: stored == [PNG, large])
+    await wait_until(lambda: stored == [PNG, large], seconds=TIMEOUT)
 
 
 async def test_a_failure_to_store_an_input_is_only_logged(
@@ -906,7 +908,7 @@ async def test_a_failure_to_store_an_input_is_only_logged(
     gateway = await open_kontext(fal_offline.sandbox.public_url, store_input=store_input)
     await result(await post(gateway))
     message = "An input was not stored: The bucket is full."
-    await wait_until(lambda: ("WARNING", message) in log_lines(caplog))
+    await wait_until(lambda: ("WARNING", message) in log_lines(caplog), seconds=TIMEOUT)
     assert DATA not in caplog.text
     assert "a cat" not in caplog.text
 

@@ -801,7 +801,9 @@ class TestDisconnectedClients:
             await proxy.client.with_options(max_retries=0).images.generate(
                 model=SCHNELL, prompt="!delay 30 a heron", n=5, timeout=0.5
             )
-        await wait_until(lambda: [seen.method for seen in proxy.sandbox.seen].count("PUT") == 2)
+        await wait_until(
+            lambda: [seen.method for seen in proxy.sandbox.seen].count("PUT") == 2, seconds=90
+        )
         assert proxy.sandbox.jobs == 0
 
     async def test_a_client_that_disconnects_ends_the_stream(self, proxy: OpenAIProxy) -> None:
@@ -810,7 +812,7 @@ class TestDisconnectedClients:
         )
         await anext(aiter(stream))
         await stream.close()
-        await wait_until(lambda: 499 in [seen.status for seen in proxy.sandbox.seen])
+        await wait_until(lambda: 499 in [seen.status for seen in proxy.sandbox.seen], seconds=90)
         assert proxy.sandbox.jobs == 0
 
 

@@ -496,12 +496,12 @@ class TestFailures:
         queue.hold()
         queue.accepting.clear()
         call = asyncio.ensure_future(self.create(gateway))
-        await wait_until(lambda: queue.posts)
+        await wait_until(lambda: queue.posts, seconds=30)
         call.cancel()
         await asyncio.gather(call, return_exceptions=True)
         await asyncio.sleep(0)
         queue.accepting.set()
-        await wait_until(lambda: queue.cancels)
+        await wait_until(lambda: queue.cancels, seconds=30)
         assert queue.posts == 1
 
     async def test_a_video_keeps_its_state_while_fal_is_away(

@@ -471,7 +471,7 @@ async def test_reading_the_head_of_a_body_of_10_gb_closes_the_connection(
 ) -> None:
     world.public.responses["/endless"] = endless
     assert await fetcher.fetch_first_bytes(world.url("/endless"), 100_000) == bytes(100_000)
-    await wait_until(lambda: not world.public.open_now)
+    await wait_until(lambda: not world.public.open_now, seconds=2)
 
 
 async def test_a_content_length_above_the_limit_is_refused_at_once(
@@ -730,7 +730,7 @@ async def start(
 ) -> asyncio.Task[FetchedDigest]:
     """Return the fetch as a task, after the host has received a request."""
     task = asyncio.create_task(coroutine)
-    await wait_until(lambda: host.seen)
+    await wait_until(lambda: host.seen, seconds=2)
     return task
 
 
@@ -759,7 +759,7 @@ async def test_the_last_cancelled_caller_cancels_the_fetch(world: World, fetcher
     world.public.responses["/endless"] = endless
     task = await start(fetcher.fetch_digest(world.url("/endless"), 2**40), world.public)
     task.cancel()
-    await wait_until(lambda: not world.public.open_now)
+    await wait_until(lambda: not world.public.open_now, seconds=2)
     world.public.responses["/endless"] = reply()
     assert (await fetcher.fetch_digest(world.url("/endless"), 2**40)).digest == DIGEST
 

@@ -84,10 +84,10 @@ async def test_a_failed_store_is_skipped_until_it_recovers(
     with pytest.raises(StoreError, match="down"):
         await breaker.call(store.get("key"))
     assert breaker.is_open
-    await wait_until(lambda: store.operations.count("probe") >= 2)
+    await wait_until(lambda: store.operations.count("probe") >= 2, seconds=TIMEOUT)
     assert breaker.is_open
     store.error = None
-    await wait_until(lambda: not breaker.is_open)
+    await wait_until(lambda: not breaker.is_open, seconds=TIMEOUT)
     await breaker.call(store.get("key"))
     messages = [record.getMessage() for record in caplog.records if "cache" in record.name]
     assert messages == [
@@ -109,10 +109,10 @@ async def test_slow_probes_open_the_breaker() -> None:
     store = FakeStore(is_remote=True)
     async with StoreBreaker(store) as breaker:
         store.delay = 3 * SLOW_SECONDS
-        await wait_until(lambda: breaker.is_open)
+        await wait_until(lambda: breaker.is_open, seconds=TIMEOUT)
         assert store.operations.count("probe") >= SLOW_PROBES_TO_TRIP
         store.delay = 0.0
-        await wait_until(lambda: not breaker.is_open)
+        await wait_until(lambda: not breaker.is_open, seconds=TIMEOUT)
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ async def test_a_call_that_waits_for_a_slow_store_gets_its_reply() -> None:
     store = FakeStore(is_remote=True)
 
     async def claim() -> str:
-        await wait_until(lambda: breaker.is_open)
+        await wait_until(lambda: breaker.is_open, seconds=TIMEOUT)
         await asyncio.sleep(0.02)
         return "another process has the lease"
 
@@ -143,7 +143,7 @@ async def test_a_call_that_waits_for_a_slow_store_fails_with_it() -> None:
     async with StoreBreaker(store) as breaker:
         store.delay = 1.2 * SLOW_SECONDS
         waiting = asyncio.ensure_future(breaker.call(asyncio.sleep(10 * TIMEOUT)))
-        await wait_until(lambda: breaker.is_open)
+        await wait_until(lambda: breaker.is_open, seconds=TIMEOUT)
         assert not waiting.done()
         store.error = STORE_DOWN
         with pytest.raises(StoreError, match="in time"):
@@ -154,9 +154,9 @@ async def test_a_slow_store_is_used_where_it_is_needed_only() -> None:
     store = FakeStore(is_remote=True, content=CONTENT)
     store.virtual_requests["id"] = VIRTUAL_REQUEST
     async with StoreBreaker(store) as breaker:
-        await wait_until(lambda: "probe" in store.operations)
+        await wait_until(lambda: "probe" in store.operations, seconds=TIMEOUT)
         store.delay = SLOW_REPLY
-        await wait_until(lambda: breaker.is_open)
+        await wait_until(lambda: breaker.is_open, seconds=TIMEOUT)
         with pytest.raises(StoreError, match="skipped"):
             await breaker.call(store.get_virtual_request("id"))
         found = await breaker.call(store.get_virtual_request("id"), even_if_slow=True)
@@ -168,29 +168,29 @@ async def test_a_slow_store_is_used_where_it_is_needed_only() -> None:
 async def test_a_store_that_does_not_work_is_skipped_by_all(failure: str) -> None:
     store = FakeStore(is_remote=True, content=CONTENT)
     async with StoreBreaker(store) as breaker:
-        await wait_until(lambda: "probe" in store.operations)
+        await wait_until(lambda: "probe" in store.operations, seconds=TIMEOUT)
         store.delay = SLOW_REPLY
-        await wait_until(lambda: breaker.is_complete and breaker.is_open)
+        await wait_until(lambda: breaker.is_complete and breaker.is_open, seconds=TIMEOUT)
         if failure == "down":
             store.error = STORE_DOWN
         elif failure == "frozen":
             store.running.clear()
         else:
             store.content = replace(CONTENT, id="another")
-        await wait_until(lambda: not breaker.is_complete)
+        await wait_until(lambda: not breaker.is_complete, seconds=TIMEOUT)
         with pytest.raises(StoreError, match="skipped"):
             await breaker.call(store.get("key"), even_if_slow=True)
         store.error, store.delay = None, 0.0
         store.running.set()
-        await wait_until(lambda: not breaker.is_open)
+        await wait_until(lambda: not breaker.is_open, seconds=TIMEOUT)
 
 
 async def test_a_slow_store_that_hangs_is_an_error() -> None:
     store = FakeStore(is_remote=True, content=CONTENT)
     async with StoreBreaker(store) as breaker:
-        await wait_until(lambda: "probe" in store.operations)
+        await wait_until(lambda: "probe" in store.operations, seconds=TIMEOUT)
         store.delay = SLOW_REPLY
-        await wait_until(lambda: breaker.is_complete and breaker.is_open)
+        await wait_until(lambda: breaker.is_complete and breaker.is_open, seconds=TIMEOUT)
         store.running.clear()
         with pytest.raises(StoreError):
             await breaker.call(store.get("key"), even_if_slow=True)
@@ -209,12 +209,12 @@ async def test_entries_in_memory_are_written_to_a_slow_store() -> None:
     async with StoreBreaker(store) as breaker:
         breaker.unwritten_counts.append(lambda: len(unwritten))
         breaker.on_recovered.append(write)
-        await wait_until(lambda: "probe" in store.operations)
+        await wait_until(lambda: "probe" in store.operations, seconds=TIMEOUT)
         store.delay = SLOW_REPLY
-        await wait_until(lambda: not unwritten)
+        await wait_until(lambda: not unwritten, seconds=TIMEOUT)
         assert breaker.is_open
         probes = store.operations.count("probe")
-        await wait_until(lambda: store.operations.count("probe") > probes + 2)
+        await wait_until(lambda: store.operations.count("probe") > probes + 2, seconds=TIMEOUT)
         assert len(writes) == 2, "nothing is left to write"
 
 
@@ -224,7 +224,10 @@ async def test_a_single_slow_probe_does_not_open_the_breaker() -> None:
         for delay in (3 * SLOW_SECONDS, 0.0) * SLOW_PROBES_TO_TRIP:
             store.delay = delay
             before = store.operations.count("probe")
-            await wait_until(lambda before=before: store.operations.count("probe") > before)  # type: ignore[misc]
+            await wait_until(
+                lambda before=before: store.operations.count("probe") > before,  # type: ignore[misc]
+                seconds=TIMEOUT,
+            )
             assert not breaker.is_open
 
 
@@ -232,9 +235,9 @@ async def test_a_frozen_store_is_detected_without_calls() -> None:
     store = FakeStore(is_remote=True)
     async with StoreBreaker(store) as breaker:
         store.running.clear()
-        await wait_until(lambda: breaker.is_open)
+        await wait_until(lambda: breaker.is_open, seconds=TIMEOUT)
         store.running.set()
-        await wait_until(lambda: not breaker.is_open)
+        await wait_until(lambda: not breaker.is_open, seconds=TIMEOUT)
 
 
 async def test_a_busy_event_loop_does_not_open_the_breaker() -> None:

@@ -32,7 +32,6 @@ from falproxy.stores.redis_client import CALL_TIMEOUT, MAX_CONNECTIONS
 from tests.support.key_search import CANARY
 from tests.support.ports import free_port
 from tests.support.redis_server import RedisServer, redis_server
-from tests.support.waiting import SOON
 
 JOB = Job("job-1", "fal-ai/flux")
 SLOTS = 16384
@@ -147,7 +146,7 @@ async def outcome_types(store: RedisStore) -> set[type]:
 
 
 async def wait_until_usable(store: RedisStore) -> None:
-    async with asyncio.timeout(SOON):
+    async with asyncio.timeout(5):
         while True:
             try:
                 await store.probe()
@@ -164,7 +163,7 @@ async def wait_for_event(event: asyncio.Event, seconds: float = 5.0) -> None:
 
 
 async def wait_for_subscribers(server: RedisServer, count: int) -> None:
-    async with asyncio.timeout(SOON):
+    async with asyncio.timeout(5):
         while len(await clients(server, "pubsub")) < count:
             await asyncio.sleep(0.01)
 
@@ -442,7 +441,7 @@ async def test_expired_ids_are_deleted(server: RedisServer) -> None:
         await store.put_owner("new", RequestOwner("ann", "mark"))
         for name in ("owner:old", "claim:old"):
             await execute(server, "ZADD", f"{prefix}expiry", str(time.time() - 1), name)
-    async with open_store(server.url, prefix) as store, asyncio.timeout(SOON):
+    async with open_store(server.url, prefix) as store, asyncio.timeout(5):
         while await store.get_owner("old") or await store.get_virtual_request("old"):
             await asyncio.sleep(0.01)
         assert await store.get_owner("new") == RequestOwner("ann", "mark")
@@ -482,7 +481,7 @@ async def test_a_policy_that_evicts_ids_is_logged_at_the_start(
 ) -> None:
     limits = options and {"maxmemory": "100mb", **options}
     with redis_server(**limits) as server:
-        async with open_store(server.url) as store, asyncio.timeout(SOON):
+        async with open_store(server.url) as store, asyncio.timeout(5):
             while not store._is_policy_checked:
                 await asyncio.sleep(0.01)
             assert await store.eviction_policy() == policy

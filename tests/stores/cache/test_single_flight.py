@@ -24,7 +24,9 @@ from falproxy.stores.cache.single_flight import (
     SingleFlight,
 )
 from tests.support.fake_store import FakeStore
-from tests.support.waiting import SOON, wait_until
+from tests.support.waiting import wait_until
+
+TIMEOUT = 3.0  # seconds; of `wait_until`
 
 KEY = "key"
 JOB = Job("job-1", "fal-ai/flux", "mark")
@@ -68,7 +70,7 @@ class FakeCall:
 async def wait_done(single_flight: SingleFlight, call: FakeCall) -> CallOutcome:
     """Join as a waiting request."""
     shared_call = single_flight.join_or_start(KEY, call.fns)
-    async with shared_call.waiting(), asyncio.timeout(SOON):
+    async with shared_call.waiting(), asyncio.timeout(TIMEOUT):
         return await asyncio.shield(shared_call.done)
 
 
@@ -175,7 +177,7 @@ async def test_another_process_waits_for_the_call(
     call.may_send.clear()
     async with asyncio.TaskGroup() as group:
         first = group.create_task(wait_done(single_flight, call))
-        await wait_until(lambda: call.sends)
+        await wait_until(lambda: call.sends, seconds=TIMEOUT)
         second = group.create_task(wait_done(await process(), other))
         await asyncio.sleep(0.02)
         call.may_send.set()
@@ -190,9 +192,9 @@ async def test_another_process_gets_the_job_before_its_end(
     call, other = FakeCall(JOB), FakeCall(JOB)
     call.may_end.clear()
     task = asyncio.ensure_future(wait_done(single_flight, call))
-    await wait_until(lambda: call.awaited)
+    await wait_until(lambda: call.awaited, seconds=TIMEOUT)
     shared_call = (await process()).join_or_start(KEY, other.fns)
-    async with shared_call.waiting(), asyncio.timeout(SOON):
+    async with shared_call.waiting(), asyncio.timeout(TIMEOUT):
         assert await asyncio.shield(shared_call.accepted) == JOB
         assert not shared_call.done.done()
         assert shared_call.is_job_stored
@@ -255,7 +257,7 @@ async def test_a_call_without_waiting_requests_is_not_sent(
     async with shared_call.waiting():
         await asyncio.sleep(0.01)
     store.running.set()
-    outcome = await asyncio.wait_for(shared_call.done, SOON)
+    outcome = await asyncio.wait_for(shared_call.done, TIMEOUT)
     assert call.sends == 0
     assert not outcome.was_executed
     assert store.flights == {}
@@ -270,7 +272,7 @@ async def test_a_pending_virtual_id_counts_as_waiting(
     async with shared_call.waiting():
         shared_call.pending_ids.add("an id")
     store.running.set()
-    assert await asyncio.wait_for(shared_call.done, SOON) == GOOD
+    assert await asyncio.wait_for(shared_call.done, TIMEOUT) == GOOD
 
 
 async def test_a_call_that_was_sent_is_completed_without_waiting_requests(
@@ -279,11 +281,11 @@ async def test_a_call_that_was_sent_is_completed_without_waiting_requests(
     call = FakeCall(GOOD)
     call.may_send.clear()
     task = asyncio.ensure_future(wait_done(single_flight, call))
-    await wait_until(lambda: call.sends)
+    await wait_until(lambda: call.sends, seconds=TIMEOUT)
     task.cancel()
     await asyncio.wait([task])
     call.may_send.set()
-    await wait_until(lambda: KEY in store.results)
+    await wait_until(lambda: KEY in store.results, seconds=TIMEOUT)
     assert store.flights == {}
 
 
@@ -311,7 +313,7 @@ async def test_a_known_job_is_awaited_when_the_store_fails(
     )
     call = FakeCall(JOB)
     task = asyncio.ensure_future(wait_done(single_flight, call))
-    await wait_until(lambda: "acquire" in store.succeeded)
+    await wait_until(lambda: "acquire" in store.succeeded, seconds=TIMEOUT)
     store.error = STORE_DOWN
     store.notify()
     assert await task == GOOD
@@ -325,7 +327,7 @@ async def test_the_lease_of_a_known_leader_is_respected_when_the_store_fails(
     store.flights[KEY] = SharedCallRecord("elsewhere", False, None, 0.6), store.now + 0.6
     call = FakeCall(GOOD)
     task = asyncio.ensure_future(wait_done(single_flight, call))
-    await wait_until(lambda: "acquire" in store.succeeded)
+    await wait_until(lambda: "acquire" in store.succeeded, seconds=TIMEOUT)
     store.error = STORE_DOWN
     store.notify()
     await asyncio.sleep(0.4)
@@ -342,13 +344,13 @@ async def test_a_job_is_stored_after_the_recovery_of_the_store(
     call.may_send.clear()
     shared_call = single_flight.join_or_start(KEY, call.fns)
     async with shared_call.waiting():
-        await wait_until(lambda: call.sends)
+        await wait_until(lambda: call.sends, seconds=TIMEOUT)
         store.error = STORE_DOWN
         call.may_send.set()
         assert await shared_call.accepted == JOB
     assert not shared_call.is_job_stored
     store.error = None
-    async with asyncio.timeout(RENEW_INTERVAL + SOON):
+    async with asyncio.timeout(RENEW_INTERVAL + TIMEOUT):
         while store.flights[KEY][0].job != JOB:
             await asyncio.sleep(0.05)
     assert f"renew_lease {LEASE_SECONDS}" in store.operations
@@ -365,7 +367,7 @@ async def test_a_lost_notification_delays_a_follower_by_one_poll(
     )
     call = FakeCall(GOOD)
     task = asyncio.ensure_future(wait_done(single_flight, call))
-    await wait_until(lambda: "acquire" in store.succeeded)
+    await wait_until(lambda: "acquire" in store.succeeded, seconds=TIMEOUT)
     store.results[KEY] = RESULT  # without a notification
     async with asyncio.timeout(POLL_INTERVAL + 0.5):
         assert await task == CallOutcome(RESULT, was_executed=False)
@@ -380,8 +382,8 @@ async def test_a_direct_call_may_finish_during_shutdown(
     call = FakeCall(GOOD)
     call.may_send.clear()
     task = asyncio.ensure_future(wait_done(single_flight, call))
-    await wait_until(lambda: call.sends)
-    closing = asyncio.ensure_future(single_flight.close(SOON))
+    await wait_until(lambda: call.sends, seconds=TIMEOUT)
+    closing = asyncio.ensure_future(single_flight.close(TIMEOUT))
     await asyncio.sleep(0.02)
     call.may_send.set()
     await closing
@@ -396,7 +398,9 @@ async def test_a_call_that_does_not_finish_in_time_gives_up_its_lease(
     call = FakeCall(outcome)
     (call.may_end if isinstance(outcome, Job) else call.may_send).clear()
     task = asyncio.ensure_future(wait_done(single_flight, call))
-    await wait_until(lambda: call.awaited if isinstance(outcome, Job) else call.sends)
+    await wait_until(
+        lambda: call.awaited if isinstance(outcome, Job) else call.sends, seconds=TIMEOUT
+    )
     await single_flight.close(0.02)
     assert "renew_lease 0.0" in store.operations
     assert store.flights[KEY][1] == store.now
@@ -410,8 +414,8 @@ async def test_a_frozen_store_does_not_block_the_shutdown(
     call = FakeCall(JOB)
     call.may_end.clear()
     task = asyncio.ensure_future(wait_done(single_flight, call))
-    await wait_until(lambda: call.awaited)
+    await wait_until(lambda: call.awaited, seconds=TIMEOUT)
     store.running.clear()
-    async with asyncio.timeout(SOON):
+    async with asyncio.timeout(TIMEOUT):
         await single_flight.close(0.02)
         await task

@@ -17,6 +17,8 @@ from tests.support.redis_server import redis_server
 from tests.support.tcp_forwarder import TcpForwarder
 from tests.support.waiting import SOON, wait_until
 
+TIMEOUT = 20.0  # seconds; of `wait_until`
+
 pytestmark = pytest.mark.slow(seconds=5)
 
 REPLY_DELAY = 1.5  # seconds, more than the time limit of a probe
@@ -71,7 +73,7 @@ async def processes(
 
 async def until_missing(process: Process, request_id: str) -> None:
     """Wait until it is certain that there is no such entry."""
-    async with asyncio.timeout(SOON):
+    async with asyncio.timeout(TIMEOUT):
         while True:
             try:
                 is_found = await process.find(request_id)
@@ -90,12 +92,12 @@ async def test_an_entry_of_a_process_that_cannot_write_it_is_not_missing(
         for process in (first, other):
             await until_missing(process, REQUEST_ID)  # both have reported
         way.reply_delay = REPLY_DELAY
-        await wait_until(lambda: first.breaker.is_open)
+        await wait_until(lambda: first.breaker.is_open, seconds=TIMEOUT)
         await first.add(REQUEST_ID)
         with pytest.raises((StoreError, TemporaryError)):
             await other.find(REQUEST_ID)
         way.reply_delay = 0.0
-        async with asyncio.timeout(SOON):
+        async with asyncio.timeout(TIMEOUT):
             while not await finds(other):
                 await asyncio.sleep(0.05)
 
@@ -116,7 +118,7 @@ async def test_an_unknown_id_is_missing_again_when_all_processes_work(
     async with processes(create) as (first, other, way):
         await until_missing(first, REQUEST_ID)  # it has reported
         way.reply_delay = REPLY_DELAY
-        await wait_until(lambda: first.breaker.is_open)
+        await wait_until(lambda: first.breaker.is_open, seconds=TIMEOUT)
         with pytest.raises((StoreError, TemporaryError)):
             await other.find(REQUEST_ID)
         way.reply_delay = 0.0
@@ -145,7 +147,7 @@ async def test_a_process_that_stops_writes_its_entries_although_it_skips_the_sto
             async with other.breaker:
                 async with first.breaker:
                     way.reply_delay = REPLY_DELAY
-                    await wait_until(lambda: first.breaker.is_open)
+                    await wait_until(lambda: first.breaker.is_open, seconds=TIMEOUT)
                     await first.add(REQUEST_ID)
                     way.reply_delay = 0.0
                 assert await other.find(REQUEST_ID)
@@ -159,7 +161,7 @@ async def test_entries_of_a_process_with_a_slow_store_are_found(
     async with processes(create) as (first, other, way):
         await first.find(new_virtual_id())  # both have seen the store
         way.reply_delay = 3 * SLOW_SECONDS
-        await wait_until(lambda: first.breaker.is_open)
+        await wait_until(lambda: first.breaker.is_open, seconds=TIMEOUT)
         await first.add(REQUEST_ID)
         async with asyncio.timeout(SOON):
             while True:

@@ -30,6 +30,8 @@ from tests.support.fake_clock import FakeClock
 from tests.support.fake_store import STORE_DOWN, VIRTUAL_REQUEST, FakeStore
 from tests.support.waiting import wait_until
 
+TIMEOUT = 5.0  # seconds; of `wait_until`
+
 
 @pytest.mark.parametrize(
     ("request_id", "expected"),
@@ -108,7 +110,7 @@ async def test_a_virtual_request_is_written_after_the_recovery_of_the_store(
     store.error = STORE_DOWN
     await virtual_requests.put("id", VIRTUAL_REQUEST)
     store.error = None
-    await wait_until(lambda: not breaker.is_open)
+    await wait_until(lambda: not breaker.is_open, seconds=TIMEOUT)
     clock.now += LOCAL_TTL
     assert await virtual_requests.get("id") == VIRTUAL_REQUEST
 
@@ -186,7 +188,7 @@ def remote_store() -> FakeStore:
 @pytest.fixture
 async def remote_breaker(remote_store: FakeStore) -> AsyncIterator[StoreBreaker]:
     async with StoreBreaker(remote_store) as breaker:
-        await wait_until(lambda: remote_store.operations.count("probe") > 1)
+        await wait_until(lambda: remote_store.operations.count("probe") > 1, seconds=TIMEOUT)
         yield breaker
 
 
@@ -204,7 +206,7 @@ async def test_an_emptied_store_gets_the_ids_and_results_in_memory(
     await virtual_requests.put("1", VIRTUAL_REQUEST, result)
     await virtual_requests.put("2", VIRTUAL_REQUEST)
     empty(remote_store)
-    await wait_until(lambda: remote_store.results == {"key": result})
+    await wait_until(lambda: remote_store.results == {"key": result}, seconds=TIMEOUT)
     assert remote_store.virtual_requests == {"1": VIRTUAL_REQUEST, "2": VIRTUAL_REQUEST}
 
 
@@ -218,8 +220,10 @@ async def test_a_request_that_has_ended_is_restored_last(
     await second.put("1", VIRTUAL_REQUEST)
     await second.put("2", VIRTUAL_REQUEST)
     empty(remote_store)
-    await wait_until(lambda: remote_store.virtual_requests.get("2") == VIRTUAL_REQUEST)
-    await wait_until(lambda: remote_store.virtual_requests.get("1") == cancelled)
+    await wait_until(
+        lambda: remote_store.virtual_requests.get("2") == VIRTUAL_REQUEST, seconds=TIMEOUT
+    )
+    await wait_until(lambda: remote_store.virtual_requests.get("1") == cancelled, seconds=TIMEOUT)
 
 
 async def test_no_id_is_unknown_while_other_processes_restore_theirs(
@@ -227,7 +231,7 @@ async def test_no_id_is_unknown_while_other_processes_restore_theirs(
 ) -> None:
     virtual_requests = VirtualRequests(remote_breaker)
     empty(remote_store)
-    await wait_until(lambda: not remote_breaker.is_complete)
+    await wait_until(lambda: not remote_breaker.is_complete, seconds=TIMEOUT)
     waiting = asyncio.create_task(virtual_requests.find("1"))
     await asyncio.sleep(1.0)
     assert not waiting.done()

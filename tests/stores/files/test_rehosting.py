@@ -66,6 +66,8 @@ from tests.support.rehosting import (
 from tests.support.storages import file_of, files_in
 from tests.support.waiting import wait_until
 
+TIMEOUT = 5.0  # seconds; of `wait_until`
+
 BUCKET = "fal_images"
 FAST = StorageTimeouts(connect=1, write=1, read=1, pool=5, overall=10, backoff=wait_none())
 HERE = "https://proxy.example"
@@ -511,7 +513,7 @@ async def held(
     storage.gate.opened.clear()
     waiting = asyncio.ensure_future(outputs.rewrite(document))
     before = storage.gate.waiting
-    await wait_until(lambda: storage.gate.waiting > before)
+    await wait_until(lambda: storage.gate.waiting > before, seconds=TIMEOUT)
     return waiting
 
 
@@ -533,7 +535,7 @@ async def test_a_request_waits_for_a_file_until_the_time_out(
         clock.elapse(6)
         assert await waiting == Rewritten(document, Counter({RehostStatus.PENDING: 1}))
         storage.gate.opened.set()
-        await wait_until(lambda: not storage.gate.waiting)
+        await wait_until(lambda: not storage.gate.waiting, seconds=TIMEOUT)
         assert (await outputs.rewrite(document)).statuses == {RehostStatus.STORED: 1}
     assert (cdn.request_counts["/a.png"], len(storage.puts)) == (1, 1)
 
@@ -582,7 +584,7 @@ async def test_one_slow_file_does_not_shorten_the_wait_for_others(
     ):
         with LoopClock().running() as clock:
             waiting = asyncio.ensure_future(outputs.rewrite(document_of(slow)))
-            await wait_until(lambda: gate.waiting)
+            await wait_until(lambda: gate.waiting, seconds=TIMEOUT)
             assert (await outputs.rewrite(document_of(quick))).statuses == {RehostStatus.STORED: 1}
             clock.elapse(WAIT_TIMEOUT + 1)
             assert (await waiting).statuses == {RehostStatus.PENDING: 1}
@@ -604,7 +606,7 @@ async def test_a_file_is_stored_although_all_callers_were_cancelled(
     with pytest.raises(asyncio.CancelledError):
         await waiting
     storage.gate.opened.set()
-    await wait_until(lambda: names() == [name_of(png())])
+    await wait_until(lambda: names() == [name_of(png())], seconds=TIMEOUT)
     assert (await outputs.rewrite(document)).statuses == {RehostStatus.STORED: 1}
     assert (cdn.request_counts["/a.png"], len(storage.puts)) == (1, 1)
 
@@ -627,7 +629,7 @@ async def test_eight_transfers_run_at_once(
 ) -> None:
     urls = [cdn.put(f"/{number}.png", png(number)) for number in range(20)]
     waiting = await held(outputs, storage, document_of(*urls))
-    await wait_until(lambda: storage.gate.waiting == MAX_CONCURRENCY)
+    await wait_until(lambda: storage.gate.waiting == MAX_CONCURRENCY, seconds=TIMEOUT)
     await asyncio.sleep(0.05)
     assert (storage.gate.waiting, len(cdn.request_counts)) == (MAX_CONCURRENCY, MAX_CONCURRENCY)
     storage.gate.opened.set()
@@ -648,7 +650,7 @@ async def test_queued_transfers_are_limited(
     ]
     with LoopClock().running() as clock:
         requested = [asyncio.ensure_future(outputs.rewrite(document)) for document in documents]
-        await wait_until(lambda: storage.gate.waiting == MAX_CONCURRENCY)
+        await wait_until(lambda: storage.gate.waiting == MAX_CONCURRENCY, seconds=TIMEOUT)
         clock.elapse(WAIT_TIMEOUT + 1)
         statuses = sum(
             (response.statuses for response in await asyncio.gather(*requested)),

@@ -910,7 +910,7 @@ async def slow_collection(
     fake.fail(delay(0.5), 1, method="DELETE", path=f"/object/{BUCKET}")
     async with asyncio.TaskGroup() as group:
         collecting = group.create_task(collect(storage))
-        await wait_until(lambda: fake.count("DELETE", "/object/"))
+        await wait_until(lambda: fake.count("DELETE", "/object/"), seconds=5)
         yield collecting
 
 

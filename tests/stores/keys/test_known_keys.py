@@ -24,7 +24,7 @@ from falproxy.stores.keys import known_keys as module
 from falproxy.stores.keys.known_keys import TRUST_SECONDS, KeyGrant, KnownKeys
 from falproxy.stores.keys.sql_keys import SqlKeyStore, choose_key_store
 from tests.support.fake_clock import FakeClock
-from tests.support.waiting import SOON, wait_until
+from tests.support.waiting import wait_until
 
 WEB = NewKey(name="web", creator="cli")
 
@@ -95,7 +95,7 @@ async def valid(known: KnownKeys, secret: str) -> KeyGrant:
 
 
 async def wait_until_ended(grant: KeyGrant) -> None:
-    await wait_until(lambda: not grant.is_valid())
+    await wait_until(lambda: not grant.is_valid(), seconds=5)
 
 
 async def test_a_new_key_is_found_at_once(known: KnownKeys, store: SqlKeyStore) -> None:
@@ -217,7 +217,7 @@ async def test_a_store_that_hangs_is_an_error_in_time(
             await known.find(new_secret())
     await valid(known, secret)
     flaky.hangs = False
-    async with asyncio.timeout(SOON):
+    async with asyncio.timeout(5):
         while True:
             try:
                 assert await known.find(new_secret()) is None
@@ -249,7 +249,7 @@ async def test_a_key_created_during_a_read_is_found(
 async def test_without_keys_the_store_is_not_read_again(
     known: KnownKeys, store: SqlKeyStore, flaky: FlakyStore
 ) -> None:
-    await wait_until(lambda: flaky.reads)
+    await wait_until(lambda: flaky.reads, seconds=5)
     await asyncio.sleep(0.2)
     assert flaky.reads == 1
     _, secret = await store.create(WEB)
@@ -268,7 +268,7 @@ async def test_the_last_use_is_written_later_and_rarely(
         grant = await valid(known, secret)
         assert grant.use()
         assert flaky.uses == []
-        await wait_until(lambda: flaky.uses)
+        await wait_until(lambda: flaky.uses, seconds=5)
         for _ in range(20):
             assert grant.use()
             await asyncio.sleep(0.01)

@@ -35,7 +35,7 @@ async def write(database: LedgerDatabase, rows: int) -> None:
 
 async def until_threads_ended(before: set[threading.Thread]) -> None:
     # A thread ends just after it has reported
-    await wait_until(lambda: not set(threading.enumerate()) - before)
+    await wait_until(lambda: not set(threading.enumerate()) - before, seconds=30)
 
 
 @pytest.mark.parametrize("operate", [read, write])
@@ -112,7 +112,7 @@ class SlowDisk:
         return connect_file(file, timeout)
 
     async def until_opening(self) -> None:
-        await wait_until(self.is_opening.is_set)
+        await wait_until(self.is_opening.is_set, seconds=30)
 
 
 @pytest.mark.parametrize("operate", [read, write])

@@ -63,4 +63,4 @@ async def test_a_connection_is_terminated_if_its_caller_leaves_while_it_is_opene
         await asyncio.wait([connecting])
     await factory.wait_terminated()
     # The thread ends just after it has reported
-    await wait_until(lambda: not set(threading.enumerate()) - before)
+    await wait_until(lambda: not set(threading.enumerate()) - before, seconds=5)

@@ -27,6 +27,8 @@ from falproxy.stores.ledger.writer import FLUSH_INTERVAL, LedgerWriter, choose_l
 from tests.support.postgres_server import PostgresServer, postgres_server
 from tests.support.waiting import wait_until
 
+TIMEOUT = 20.0  # seconds; of `wait_until`
+
 pytestmark = pytest.mark.slow
 
 ALL = UsageQuery(limit=100_000)
@@ -160,18 +162,18 @@ async def test_no_rows_are_lost_when_the_server_restarts(
 ) -> None:
     async with running(choose_ledger(server.fresh(), tmp_path)) as writer:
         writer.enqueue(record(0))
-        await wait_until(lambda: not writer.pending_rows)
+        await wait_until(lambda: not writer.pending_rows, seconds=TIMEOUT)
         server.stop()
         for n in range(1, 2001):
             writer.enqueue(record(n))
-        await wait_until(lambda: writer.is_down)
+        await wait_until(lambda: writer.is_down, seconds=TIMEOUT)
         started = time.monotonic()
         for query in (writer.ledger.get_job("j", "ann"), writer.ledger.latest(ALL)):
             with pytest.raises(LedgerError):
                 await query
-        assert time.monotonic() - started < WRITE_TIMEOUT - 1
+        assert time.monotonic() - started < 1
         server.start()
-        await wait_until(lambda: not writer.pending_rows)
+        await wait_until(lambda: not writer.pending_rows, seconds=TIMEOUT)
         assert not writer.is_down
         times = [row.at for row in await writer.ledger.latest(ALL)]
         assert times == [1e9 + n for n in range(2000, -1, -1)]
@@ -186,7 +188,7 @@ async def test_rows_are_written_when_a_server_starts_after_the_writer(
         assert writer.is_down
         writer.enqueue(record())
         server.start()
-        await wait_until(lambda: not writer.pending_rows)
+        await wait_until(lambda: not writer.pending_rows, seconds=TIMEOUT)
         assert len(await writer.ledger.latest(ALL)) == 1
 
 
@@ -210,8 +212,8 @@ async def test_a_frozen_server_does_not_delay_calls(tmp_path: Path, server: Post
             with pytest.raises(LedgerError, match="in time"):
                 await query
             assert time.monotonic() - started < WRITE_TIMEOUT + 2
-            await wait_until(lambda: writer.is_down)
-        await wait_until(lambda: not writer.pending_rows)
+            await wait_until(lambda: writer.is_down, seconds=TIMEOUT)
+        await wait_until(lambda: not writer.pending_rows, seconds=TIMEOUT)
         assert len(await writer.ledger.latest(ALL)) == 10_000
         assert await writer.ledger.get_job(job.id, "ann") is not None
 
@@ -240,8 +242,8 @@ async def test_a_lost_confirmation_does_not_duplicate_rows(
         CommitDropper.remaining = 1
         for n in range(100):
             writer.enqueue(record(n))
-        await wait_until(lambda: writer.is_down)
-        await wait_until(lambda: not writer.pending_rows)
+        await wait_until(lambda: writer.is_down, seconds=TIMEOUT)
+        await wait_until(lambda: not writer.pending_rows, seconds=TIMEOUT)
         assert len(await writer.ledger.latest(ALL)) == 100
     assert CommitDropper.remaining == 0
 
