@@ -196,7 +196,7 @@ async def test_operations_do_not_wait_for_a_long_migration(
             with pytest.raises(LedgerError):
                 await second.probe()
         may_end.set()
-        await wait_until(lambda: not len(slow._migrations), seconds=5)
+        await wait_until(lambda: not slow._migrations, seconds=5)
         assert await execute(second, "SELECT version FROM falproxy_ledger") == [
             (len(LEDGER_SCHEMA.migrations),)
         ]

@@ -2,7 +2,7 @@
 
 import asyncio
 import gzip
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -104,12 +104,9 @@ class Collector:
                         (attributes_of(point), point_value(point)) for point in data.data_points
                     ]
 
-    async def wait(self, condition: Callable[[], object]) -> None:
-        await wait_until(condition)
-
     async def trace(self, spans: int = 1) -> list[ReceivedSpan]:
         """Return the spans when there are so many, by their start."""
-        await self.wait(lambda: len(self.spans) >= spans)
+        await wait_until(lambda: len(self.spans) >= spans)
         return sorted(self.spans, key=lambda span: span.start)
 
     def of_kind(self, kind: int) -> list[ReceivedSpan]:

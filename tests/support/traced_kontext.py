@@ -9,6 +9,7 @@ from tests.support.cli_process import run_interpreter
 from tests.support.offline_fal import png
 from tests.support.otlp_collector import SERVER, ReceivedSpan, open_collector
 from tests.support.redis_server import redis_server
+from tests.support.waiting import wait_until
 
 PROMPT = "make it autumn"
 
@@ -26,7 +27,7 @@ async def receive_traces() -> list[list[ReceivedSpan]]:
             async with run_interpreter("serve", "--sandbox", **env) as proxy:
                 for seed in (1, 7, 7):  # the first one opens connections
                     await edit(proxy.origin, seed)
-                await collector.wait(lambda: len(collector.of_kind(SERVER)) == 3)
+                await wait_until(lambda: len(collector.of_kind(SERVER)) == 3)
                 await proxy.stop()
             calls = sorted(collector.of_kind(SERVER), key=lambda span: span.start)[1:]
             spans = sorted(collector.spans, key=lambda span: span.start)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 SOON = 10.0  # seconds
 
 
-async def wait_until(condition: Callable[[], object], seconds: float = SOON) -> float:
-    """Wait until `condition()` is true, and return the seconds.
+async def wait_until(condition: Callable[[], object], seconds: float = SOON) -> None:
+    """Wait until `condition()` is true.
 
     seconds: limit; shorter than what else would make the condition true, such as a time-out, a
         lease or a retry of the product.
@@ -20,4 +20,3 @@ async def wait_until(condition: Callable[[], object], seconds: float = SOON) -> 
         if time.monotonic() - started > seconds:
             raise TimeoutError(f"not within {seconds} s")
         await asyncio.sleep(0.005)
-    return time.monotonic() - started

@@ -11,6 +11,7 @@ from tests.support.fake_fal import FakeFal, respond_as_queue
 from tests.support.gateway import MakeGateway
 from tests.support.otlp_collector import CLIENT, SERVER, Collector
 from tests.support.urls import REQUEST, RUN, SUBMIT
+from tests.support.waiting import wait_until
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TRACEPARENT = f"00-{TRACE}-{PARENT}-01"
@@ -140,8 +141,8 @@ async def test_no_secret_is_exported(
     await gateway.call(target, json=body, headers=wrong)
     await gateway.client.request("PURGE", "/api/fal/proxy", headers=secrets)
     await gateway.call("https://evil.example/s3cret-target", json=body, headers=[*secrets.items()])
-    await collector.wait(lambda: len(collector.of_kind(SERVER)) >= 5)
-    await collector.wait(lambda: collector.points)
+    await wait_until(lambda: len(collector.of_kind(SERVER)) >= 5)
+    await wait_until(lambda: collector.points)
     exported = b"".join(collector.bodies).lower()
     assert b"s3cret" not in exported
     methods = {span.attributes["http.request.method"] for span in collector.of_kind(SERVER)}

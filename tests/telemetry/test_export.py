@@ -12,6 +12,7 @@ from tests.support.fake_fal import FakeFal
 from tests.support.gateway import MakeGateway
 from tests.support.otlp_collector import Collector
 from tests.support.urls import RUN
+from tests.support.waiting import wait_until
 
 EXPORT_LOGGER = "falproxy.telemetry.export"
 
@@ -23,7 +24,7 @@ async def test_metrics_are_exported(
     for _ in range(3):
         await gateway.call(RUN, json={})
     labels = {"operation": "run", "status": "200", "cache": ""}
-    await collector.wait(lambda: (labels, 3.0) in collector.points.get("falproxy_requests", []))
+    await wait_until(lambda: (labels, 3.0) in collector.points.get("falproxy_requests", []))
     points = collector.points
     route = {
         "http.request.method": "POST",
@@ -79,7 +80,7 @@ async def test_each_of_both_can_be_turned_off(
 ) -> None:
     gateway = await make_gateway(fal.origin, endpoint=collector.origin, **settings)
     await gateway.call(RUN, json={})
-    await collector.wait(lambda: collector.points if has_metrics else collector.spans)
+    await wait_until(lambda: collector.points if has_metrics else collector.spans)
     await gateway.client.close()
     assert (bool(collector.spans), bool(collector.points)) == (has_traces, has_metrics)
 
@@ -139,10 +140,10 @@ async def test_failures_are_logged_once_until_they_end(
     gateway = await make_gateway(fal.origin, endpoint=collector.origin, metrics_exporter="none")
     for number in range(1, 4):
         await gateway.call(RUN, json={})
-        await collector.wait(lambda number=number: len(collector.bodies) >= number)  # type: ignore[misc]
+        await wait_until(lambda number=number: len(collector.bodies) >= number)  # type: ignore[misc]
     collector.status = 200
     await gateway.call(RUN, json={})
-    await collector.wait(lambda: messages(caplog)[-1:] == ["Traces are exported again"])
+    await wait_until(lambda: messages(caplog)[-1:] == ["Traces are exported again"])
     assert messages(caplog) == [
         "Traces cannot be exported: the collector does not accept them",
         "Traces are exported again",

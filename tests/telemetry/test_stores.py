@@ -12,6 +12,7 @@ from tests.support.otlp_collector import CLIENT, SERVER, Collector, ReceivedSpan
 from tests.support.postgres_server import PostgresServer, postgres_server
 from tests.support.redis_server import RedisServer, redis_server
 from tests.support.sandbox_proxy import open_sandbox_proxy
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -55,7 +56,7 @@ async def test_a_miss_and_a_hit_show_every_request_that_was_made(
             for _ in range(2):
                 reply = await proxy.request("POST", "/kontext", json=body, headers=headers)
                 assert reply.status == 200
-            await collector.wait(lambda: len(collector.of_kind(SERVER)) == 2)
+            await wait_until(lambda: len(collector.of_kind(SERVER)) == 2)
     miss, hit = sorted(collector.of_kind(SERVER), key=lambda span: span.start)
     outcomes = [span.attributes["falproxy.cache"] for span in (miss, hit)]
     assert outcomes == ["miss", "hit"]
@@ -85,7 +86,7 @@ async def test_requests_to_postgres_are_spans_of_the_call(
     async with open_sandbox_proxy(tmp_path, metrics_exporter="none", **settings) as proxy:
         reply = await proxy.generate("flux-dev", {"prompt": "s3cret prompt"})
         assert reply.status == 200
-        await collector.wait(lambda: collector.of_kind(SERVER))
+        await wait_until(lambda: collector.of_kind(SERVER))
     (server, *_) = collector.of_kind(SERVER)
     children = [span for span in collector.spans if span.parent_id == server.span_id]
     statements = [span for span in children if span.attributes.get("db.system.name")]
@@ -104,7 +105,7 @@ async def test_what_goes_on_without_a_call_is_not_traced(
         body = {"prompt": "a fox", "seed": 2}
         await proxy.call_target("https://fal.run/fal-ai/flux/dev", body)
         await proxy.records()
-        await collector.wait(lambda: collector.of_kind(SERVER))
+        await wait_until(lambda: collector.of_kind(SERVER))
     roots = [span for span in collector.spans if span.parent_id == ""]
     assert {span.name for span in roots if span.kind == SERVER} == {"POST /api/fal/proxy"}
     assert all("db.system.name" not in span.attributes for span in roots)
