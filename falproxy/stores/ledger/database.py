@@ -63,6 +63,9 @@ class DbConnection(Protocol):
         """Close the connection at once. A running statement is cancelled and rolled back."""
 
 
+ConnectionT = TypeVar("ConnectionT", bound=DbConnection)
+
+
 class ConnectionFactory(Protocol):
     """Opens connections to one database.
 
@@ -130,10 +133,8 @@ class ConnectionSlot:
         try:
             return await unless_closed(opening)
         except BaseException:
-            if opening.done():  # the caller has left in the moment in which it was opened
-                terminate_opened(opening)
-            else:
-                opening.add_done_callback(terminate_opened)
+            # It may have been opened in the moment in which the caller has left.
+            opening.add_done_callback(terminate_opened)
             raise
 
     def discard(self) -> None:
@@ -318,7 +319,7 @@ class LedgerDatabase:
         return rows[0][0] if rows else version
 
 
-def terminate_opened(opening: asyncio.Future[DbConnection]) -> None:
+def terminate_opened(opening: asyncio.Future[ConnectionT]) -> None:
     """Terminate the connection that has been opened, unless that has failed."""
     if not opening.cancelled() and opening.exception() is None:
         opening.result().terminate()

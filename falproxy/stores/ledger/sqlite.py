@@ -14,7 +14,7 @@ from typing import Any
 import aiosqlite
 
 from falproxy.stores.ledger import InvalidRowError, LedgerError
-from falproxy.stores.ledger.database import LedgerDatabase
+from falproxy.stores.ledger.database import LedgerDatabase, terminate_opened
 from falproxy.stores.ledger.rows import Row
 from falproxy.stores.ledger.schema import Schema, SqlDialect
 from falproxy.stores.ledger.sql_ledger import SqlLedger
@@ -157,8 +157,7 @@ class SqliteFactory:
 
         def discard(ended: asyncio.Future[SqliteConnection]) -> None:
             self._closing.discard(ended)
-            if not ended.cancelled() and ended.exception() is None:
-                ended.result().terminate()
+            terminate_opened(ended)
 
         starting = asyncio.ensure_future(start())
         try:
