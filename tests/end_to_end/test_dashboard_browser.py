@@ -20,12 +20,14 @@ from tests.support.chromium import Chromium
 from tests.support.js_world import JS, need
 from tests.support.running_proxy import RunningProxy, open_running_proxy
 from tests.support.usage import count_calls, run_usage, wait_until_equal
+from tests.support.waiting import wait_until_window_lasts
 
 pytestmark = pytest.mark.slow(seconds=6)
 
 NONE = "\u2013"
 KONTEXT = "fal-ai/flux-pro/kontext"
 KEYS = (("ann", "s3cret-ann"), ("bob", "s3cret-bob"))
+VISIT_SECONDS = 60  # of the longest visit, on a busy machine
 # Of a visit, in this order.
 PARTS = ("appearance", "chart", "csv", "pause", "list", "hour")
 
@@ -214,6 +216,7 @@ async def test_each_panel_has_its_numbers_as_csv_and_the_request_for_them(
 ) -> None:
     """And callers and users have the bars of their budgets, those of keys their own."""
     admin = {"x-falproxy-key": "s3cret-ann"}
+    await wait_until_window_lasts(WINDOWS["day"], VISIT_SECONDS)  # weeks begin with a day
     async with open_running_proxy(
         tmp_path,
         access_keys=KEYS,

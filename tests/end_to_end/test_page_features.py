@@ -25,6 +25,7 @@ pytestmark = pytest.mark.slow(seconds=2)
 FLUX = "fal-ai/flux/dev"
 MULTI = "fal-ai/flux-pro/kontext/multi"
 INPAINTING = "fal-ai/flux-lora/inpainting"
+UNKNOWN = "fal-ai/of-nowhere"  # in no list of models
 MASK_PIXELS = """async () => {
   const image = document.querySelectorAll('.chosen-images img')[1];
   const canvas = document.createElement('canvas');
@@ -229,9 +230,21 @@ async def test_a_missing_prompt_is_a_problem_of_one_model(visitor: Visitor) -> N
 
 
 async def test_an_endpoint_id_is_shown_once(visitor: Visitor) -> None:
-    await visitor.choose_model(INPAINTING)
-    assert await visitor.text("#model-name") == INPAINTING
+    await visitor.choose_model(UNKNOWN)
+    assert await visitor.text("#model-name") == UNKNOWN
     assert await visitor.text("#model-description") == ""
+
+
+async def test_a_model_of_fal_is_shown_with_its_title_and_description(visitor: Visitor) -> None:
+    await visitor.act("click", selector="#model")
+    await visitor.click("All", exact=True)
+    await visitor.act("fill", label="Search models", text=INPAINTING)
+    await visitor.wait_for_text(".model-list h3", "All models of fal")
+    await visitor.act("press", key="Enter")
+    await visitor.wait_for(f"#job-form[data-endpoint='{INPAINTING}']")
+    assert await visitor.text("#model-name") == "Flux Lora Inpainting"
+    description = "Flux Lora Inpainting, drawn by the falproxy sandbox."
+    assert await visitor.text("#model-description") == description
 
 
 @pytest.mark.parametrize(
@@ -263,11 +276,11 @@ async def test_all_models_of_fal_are_found(visitor: Visitor, proxy: RestartableP
     await visitor.act("fill", label="Search models", text="inpainting")
     await visitor.wait_for_text(".model-list h3", "All models of fal")
     await visitor.check_appearance("models")
-    await visitor.act("fill", label="Search models", text="fal-ai/of-nowhere")
-    await visitor.wait_for_text(".model-list", "Use endpoint id fal-ai/of-nowhere")
+    await visitor.act("fill", label="Search models", text=UNKNOWN)
+    await visitor.wait_for_text(".model-list", f"Use endpoint id {UNKNOWN}")
     await visitor.act("press", key="Enter")
-    await visitor.wait_for("#job-form[data-endpoint='fal-ai/of-nowhere']")
-    assert await visitor.text("#model-name") == "fal-ai/of-nowhere"
+    await visitor.wait_for(f"#job-form[data-endpoint='{UNKNOWN}']")
+    assert await visitor.text("#model-name") == UNKNOWN
 
 
 # Links and code

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import tempfile
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -28,6 +29,7 @@ BUCKET = "fal_images"
 DISK_SIZE = "256m"  # of the file system with the data of all nodes
 DRAIN, STOP_DELAY = "8", "1"
 SYNC_TIMEOUT = 60.0  # seconds
+REPORTS = "falproxy:probe:processes"  # when each process last had nothing that Redis does not have
 
 
 def access_key(caller: str) -> str:
@@ -67,6 +69,17 @@ class Cluster:
             for name, content in files
             if len(Path(name).stem) == 64
         )
+
+    async def until_written(self) -> None:
+        """Wait until each worker has reported that all of its entries are in Redis."""
+        began = time.time()
+        with Redis(port=self.redis[0].port) as client:
+            async with asyncio.timeout(SYNC_TIMEOUT):
+                while client.zcount(REPORTS, began, "+inf") < self._count_workers():
+                    await asyncio.sleep(0.05)
+
+    def _count_workers(self) -> int:
+        return sum(len(node.worker_pids) for node in self.nodes if node.is_running)
 
     def log_lines(self, request_id: str) -> list[str]:
         """Return the log lines about a request of all nodes, in order, with the number of the node

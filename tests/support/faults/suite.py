@@ -125,10 +125,13 @@ async def run_window(
 
 
 async def apply(chosen: tuple[str, ...], cluster: Cluster, random: Random) -> None:
+    """Apply faults and repair them. At the end no entry is in the memory of one process alone: if
+    the next fault killed that process, it would be lost, which is not promised otherwise."""
     async with AsyncExitStack() as stack:
         await asyncio.sleep(FAULT_DELAY)
         for name in dict.fromkeys(chosen):
             await stack.enter_async_context(FAULTS[name](cluster, random))
+    await cluster.until_written()
 
 
 def as_markdown(results: Results) -> str:
