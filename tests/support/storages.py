@@ -97,7 +97,7 @@ async def open_supabase(folder: Path) -> AsyncIterator[StorageUnderTest]:
             return [row["name"] for row in await response.json()]
 
     async with fake_apart() as fake, ClientSession() as session:
-        timeouts = StorageTimeouts(connect=1, write=1, read=5, backoff=wait_none())
+        timeouts = StorageTimeouts(backoff=wait_none())
         async with SupabaseStorage(fake.url, fake.key, bucket=bucket, timeouts=timeouts) as storage:
             yield StorageUnderTest(
                 storage, read, names, fake.stop, fake.start, (fake.url, fake.key)

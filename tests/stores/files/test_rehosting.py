@@ -69,7 +69,7 @@ from tests.support.waiting import wait_until
 TIMEOUT = 5.0  # seconds; of `wait_until`
 
 BUCKET = "fal_images"
-FAST = StorageTimeouts(connect=1, write=1, read=1, pool=5, overall=10, backoff=wait_none())
+FAST = StorageTimeouts(backoff=wait_none())
 HERE = "https://proxy.example"
 
 

@@ -42,7 +42,7 @@ from tests.support.waiting import wait_until
 
 BUCKET = "fal_images"
 KEY = f"sb_secret_{SECRET}"  # looked for in all logs of the run
-PACE = StorageTimeouts(connect=1, write=1, read=1, pool=5, overall=10, backoff=wait_none())
+PACE = StorageTimeouts(backoff=wait_none())
 LARGE = 100 * 2**20
 MEBIBYTE = 2**20
 DAY = 86400.0
