@@ -21,7 +21,7 @@ class LiveSession:
     """One session.
 
     tags: of the request that opened it, as `key=value`.
-    opened_at, heard_at: by `time.monotonic`; when it was opened, and its last heartbeat.
+    opened_at, heard_at: when it was opened, and its last heartbeat, by the clock of the sessions.
     """
 
     endpoint: str
@@ -29,8 +29,8 @@ class LiveSession:
     tags: tuple[str, ...]
     runner: Runner
     id: str = field(default_factory=lambda: str(uuid.uuid4()))
-    opened_at: float = field(default_factory=time.monotonic)
-    heard_at: float = field(default_factory=time.monotonic)
+    opened_at: float = 0.0
+    heard_at: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -43,9 +43,11 @@ class LiveSessions:
 
     on_end: called with each session that has ended.
     timeout: seconds without a heartbeat after which a session ends.
+    clock: a monotonic clock in seconds.
     """
 
     def __init__(self, on_end: Callable[[LiveSession], None]) -> None:
+        self.clock: Callable[[], float] = time.monotonic
         self.timeout = HEARTBEAT_TIMEOUT
         self.open: dict[str, LiveSession] = {}
         self._on_end = on_end
@@ -55,6 +57,7 @@ class LiveSessions:
         return f"<LiveSessions {len(self.open)} open>"
 
     def add(self, session: LiveSession) -> None:
+        session.opened_at = session.heard_at = self.clock()
         self.open[session.id] = session
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._end_silent())
@@ -64,7 +67,7 @@ class LiveSessions:
         session = self.open.get(session_id)
         if session is None or session.account != account:
             return False
-        session.heard_at = time.monotonic()
+        session.heard_at = self.clock()
         return True
 
     async def close(self) -> None:
@@ -79,7 +82,7 @@ class LiveSessions:
     async def _end_silent(self) -> None:
         while self.open:
             await asyncio.sleep(CHECK_INTERVAL)
-            now = time.monotonic()
+            now = self.clock()
             for session in tuple(self.open.values()):
                 if now - session.heard_at > self.timeout:
                     await self._end(session)

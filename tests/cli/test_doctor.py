@@ -295,7 +295,7 @@ async def test_an_unreachable_redis_is_a_problem(tmp_path: Path) -> None:
 async def test_a_frozen_redis_is_a_problem_within_seconds(tmp_path: Path) -> None:
     with redis_server() as server:
         server.freeze()
-        async with asyncio.timeout(4):
+        async with asyncio.timeout(8):
             finding = await cache_finding(tmp_path, redis_url=server.url)
     assert finding.level is Level.PROBLEM
 

@@ -22,6 +22,8 @@ from falproxy.sandbox.live_media import (
     without_local_names,
 )
 from falproxy.sandbox.live_models import LIVE_MODELS
+from falproxy.sandbox.live_sessions import CHECK_INTERVAL, HEARTBEAT_TIMEOUT
+from tests.support.fake_clock import FakeClock
 from tests.support.fake_live import DIRECTOR, HEARTBEAT, ICE, SESSION
 from tests.support.offline_fal import KEY, OfflineFal, offline_fal
 from tests.support.sandbox_proxy import SandboxProxy, open_sandbox_proxy
@@ -45,6 +47,13 @@ def without_aiortc(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 async def fal(aiohttp_client: AiohttpClient) -> OfflineFal:
     return await offline_fal(aiohttp_client)
+
+
+@pytest.fixture
+def clock(fal: OfflineFal) -> FakeClock:
+    """Return the clock of the sessions, which stands still."""
+    fal.sandbox.live.clock = clock = FakeClock()
+    return clock
 
 
 async def post(
@@ -122,28 +131,33 @@ async def test_without_aiortc_all_media_are_rejected(fal: OfflineFal) -> None:
     ]  # fmt: skip
 
 
-async def test_heartbeats_keep_a_session_open(fal: OfflineFal) -> None:
-    fal.sandbox.live.timeout = 0.6
+async def test_heartbeats_keep_a_session_open(fal: OfflineFal, clock: FakeClock) -> None:
     session = await open_session(fal)
-    for _ in range(5):
-        await asyncio.sleep(0.2)
+    for _ in range(3):
+        clock.now += 0.7 * HEARTBEAT_TIMEOUT
         assert await beat(fal, session)
+        await asyncio.sleep(1.5 * CHECK_INTERVAL)
     assert not await beat(fal, session, {"Authorization": "Key other:secret"})
     assert not await beat(fal, "another")
     assert not await beat(fal, None)
+    clock.now += 0.7 * HEARTBEAT_TIMEOUT
+    await asyncio.sleep(1.5 * CHECK_INTERVAL)
+    assert [*fal.sandbox.live.open] == [session]
+    clock.now += 0.7 * HEARTBEAT_TIMEOUT
     await wait_until(lambda: not fal.sandbox.live.open)
     assert not await beat(fal, session)
 
 
-async def test_a_session_is_billed_by_its_length(fal: OfflineFal) -> None:
-    fal.sandbox.live.timeout = 0.2
+async def test_a_session_is_billed_until_its_last_heartbeat(
+    fal: OfflineFal, clock: FakeClock
+) -> None:
     session = await open_session(fal)
-    await asyncio.sleep(0.1)
+    clock.now += 2.5
     assert await beat(fal, session)
+    clock.now += 2 * HEARTBEAT_TIMEOUT
     await wait_until(lambda: fal.sandbox.jobs)
     assert fal.sandbox.jobs_by_endpoint == {DIRECTOR: 1}
-    price = LIVE_MODELS[DIRECTOR].price
-    assert price * Decimal("0.1") <= fal.sandbox.cost < price
+    assert fal.sandbox.cost == LIVE_MODELS[DIRECTOR].price * Decimal("2.5")
     assert fal.sandbox.paid[0].request_id == session
 
 

@@ -368,7 +368,7 @@ async def test_an_unreadable_file_keeps_fal_s_url(
     bad, good = cdn.serve_at("/bad.png", serve), cdn.put("/good.png", png())
     cdn.put("/other.png", png(1))
     async with (
-        fetcher_of(cdn.origin, idle=0.1) as fetcher,
+        fetcher_of(cdn.origin, idle=0.3 if times > 1 else 10) as fetcher,
         opened(Rehoster(storage, fetcher)) as outputs,
     ):
         document, statuses = await outputs.rewrite(document_of(bad, good))
