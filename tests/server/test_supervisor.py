@@ -29,7 +29,13 @@ from falproxy.server.worker_metrics import (
 )
 from falproxy.stores.ledger.process_starts import read_starts
 from falproxy.stores.ledger.sqlite import sqlite_ledger
-from tests.support.cli_process import CliProcess, run_command, run_refused
+from tests.support.cli_process import (
+    CliProcess,
+    run_command,
+    run_refused,
+    run_server,
+    start_command,
+)
 from tests.support.fake_fal import FakeFal, respond_hello
 from tests.support.key_search import CANARY
 from tests.support.ports import free_port
@@ -371,20 +377,11 @@ async def test_a_port_can_be_used_again_at_once(env: dict[str, str]) -> None:
 
 async def serve_at(port: str, env: dict[str, str]) -> None:
     """Start a proxy on this port, send one call, and stop it."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "falproxy", "serve", "--port", port),
-        env={"PATH": os.environ["PATH"]} | env,
-        cwd=env["CWD"],
-        stderr=asyncio.subprocess.DEVNULL,
-    )
-    try:
+    async with run_server(start_command("serve", "--port", port, **env)) as proxy:
         async with asyncio.timeout(LONG_TIMEOUT):
-            while not await is_polled(f"http://127.0.0.1:{port}"):
-                assert process.returncode is None
-    finally:
-        if process.returncode is None:
-            process.terminate()
-        assert await process.wait() == 0
+            while not await is_polled(proxy.origin):
+                pass
+        assert await proxy.stop() == 0
 
 
 async def is_polled(origin: str) -> bool:
