@@ -369,6 +369,7 @@ async def test_copied_code_with_a_file_runs(
     photo = create_image(tmp_path / "my photo's $1.png")
     await visitor.choose_model(KONTEXT)
     await visitor.act("setFiles", paths=[str(photo)])
+    await visitor.wait_for(".chosen-images li")
     await visitor.act("fill", label="Prompt", text="make it winter")
     await run(command_of(tab, await copy_code(visitor, tab), tmp_path), tmp_path)
     assert proxy.sandbox.jobs_by_endpoint == {KONTEXT: 1}

@@ -74,7 +74,7 @@ async def send_when_due(pieces: Pieces, sink: asyncio.StreamWriter) -> None:
     while True:
         due_at, data = await pieces.get()
         await asyncio.sleep(due_at - asyncio.get_running_loop().time())
-        if not data:
+        if not data or sink.is_closing():
             return
         sink.write(data)
 
