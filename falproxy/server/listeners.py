@@ -5,15 +5,17 @@ import ipaddress
 import os
 import socket
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from falproxy.errors import SettingsError
 
 FIRST_PASSED_SOCKET = 3  # descriptor of the first socket that systemd passes
 SOCKET_FILE_MODE = 0o660
+FREE_PORT_ATTEMPTS = 20  # to find a port that is free at all hosts
 CONNECT_TIMEOUT = 1.0  # seconds to find out whether another process uses a socket file
 REASONS = {
     errno.EADDRINUSE: "another process listens there",
@@ -61,7 +63,7 @@ def open_listeners(
         listeners = (
             passed_sockets(address.passed_sockets)
             if address.passed_sockets
-            else bind_tcp(address, is_shared=is_shared)
+            else bind_free_port(partial(bind_tcp, is_shared=is_shared), address)
         )
         for listener in listeners:
             stack.enter_context(closing(listener))
@@ -86,14 +88,40 @@ def reserve_address(
             yield address, listeners
         return
     with ExitStack() as stack:
-        for probe in bind_tcp(address):  # finds out whether the address is in use
-            stack.enter_context(closing(probe))
-            address = replace(address, port=probe.getsockname()[1])
-        stack.close()
-        reserved = bind_tcp(address, is_shared=True)
+        reserved = bind_free_port(bind_reserved, address)
         for listener in reserved:
             stack.enter_context(closing(listener))
+            address = replace(address, port=listener.getsockname()[1])
         yield address, reserved
+
+
+def bind_free_port(
+    bind: Callable[[ListenAddress], list[socket.socket]], address: ListenAddress
+) -> list[socket.socket]:
+    """Return the sockets that `bind` returns for an address. Bind port 0 again if the port that was
+    free at the first host is in use at another one.
+
+    Raises: SettingsError, the address cannot be used.
+    """
+    for _ in range(FREE_PORT_ATTEMPTS - 1 if address.port == 0 else 0):
+        try:
+            return bind(address)
+        except SettingsError as error:
+            if getattr(error.__cause__, "errno", None) != errno.EADDRINUSE:
+                raise
+    return bind(address)
+
+
+def bind_reserved(address: ListenAddress) -> list[socket.socket]:
+    """Return bound sockets that workers share, of an address that no other program uses.
+
+    Raises: SettingsError.
+    """
+    probes = bind_tcp(address)  # finds out whether the address is in use
+    port = probes[0].getsockname()[1]
+    for probe in probes:
+        probe.close()
+    return bind_tcp(replace(address, port=port), is_shared=True)
 
 
 def bind_tcp(address: ListenAddress, *, is_shared: bool = False) -> list[socket.socket]:

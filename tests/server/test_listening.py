@@ -8,12 +8,14 @@ import stat
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, closing
+from contextlib import ExitStack, asynccontextmanager, closing
 from pathlib import Path
 
 import pytest
 from aiohttp import ClientSession, UnixConnector
 
+from falproxy.errors import SettingsError
+from falproxy.server import listeners
 from tests.support.cli_process import (
     CliProcess,
     base_environment,
@@ -108,6 +110,44 @@ async def test_several_hosts_have_one_port(env: dict[str, str], workers: str, ho
         for host in ("127.0.0.1", "[::1]"):
             assert await run(session, f"http://{host}:{port}") == 200
         assert await proxy.stop() == 0
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[socket.socket]]:
+    """Sockets of another program, which uses the first two ports at the second host."""
+    sockets: list[socket.socket] = []
+
+    def resolve_late(host: str, port: int) -> dict[listeners.SocketAddress, None]:
+        if host == "127.0.0.2" and len(sockets) < 2:
+            sockets.append(socket.create_server((host, port)))
+        return resolve(host, port)
+
+    resolve = listeners.resolve
+    monkeypatch.setattr(listeners, "resolve", resolve_late)
+    yield sockets
+    for each in sockets:
+        each.close()
+
+
+@pytest.mark.parametrize("is_reserved", [False, True])
+def test_a_free_port_is_free_at_all_hosts(taken: list[socket.socket], *, is_reserved: bool) -> None:
+    address = listeners.ListenAddress(hosts=("127.0.0.1", "127.0.0.2"), port=0)
+    with ExitStack() as stack:
+        if is_reserved:
+            found, opened = stack.enter_context(listeners.reserve_address(address))
+            assert found.port == opened[0].getsockname()[1]
+        else:
+            opened = stack.enter_context(listeners.open_listeners(address))
+        (port,) = {each.getsockname()[1] for each in opened}
+    assert [each.getsockname()[0] for each in taken] == ["127.0.0.2"] * 2
+    assert port not in {each.getsockname()[1] for each in taken}
+
+
+def test_a_port_that_was_chosen_is_not_replaced(taken: list[socket.socket]) -> None:
+    address = listeners.ListenAddress(hosts=("127.0.0.1", "127.0.0.2"), port=free_port())
+    with pytest.raises(SettingsError, match=r"127\.0\.0\.2:\d+: address already in use"):
+        listeners.bind_free_port(listeners.bind_reserved, address)
+    assert len(taken) == 1
 
 
 @pytest.mark.parametrize("option", ["--host", "--port", "--uds", "--workers", "--log-level"])
