@@ -21,7 +21,7 @@ class LiveSession:
     """One session.
 
     tags: of the request that opened it, as `key=value`.
-    opened_at, heard_at: when it was opened, and its last heartbeat, by the clock of the sessions.
+    opened_at, heard_at: when `LiveSessions.add` opened it, and its last heartbeat, by their clock.
     """
 
     endpoint: str

@@ -91,8 +91,7 @@ def reserve_address(
         reserved = bind_free_port(bind_reserved, address)
         for listener in reserved:
             stack.enter_context(closing(listener))
-            address = replace(address, port=listener.getsockname()[1])
-        yield address, reserved
+        yield replace(address, port=reserved[0].getsockname()[1]), reserved
 
 
 def bind_free_port(

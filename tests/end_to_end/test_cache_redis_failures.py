@@ -31,7 +31,7 @@ from tests.support.cache_processes import (
 from tests.support.cli_process import CliProcess
 from tests.support.key_search import CANARY
 from tests.support.ports import free_port
-from tests.support.redis_server import RedisServer, redis_server
+from tests.support.redis_server import PROCESSES, RedisServer, redis_server
 from tests.support.tcp_forwarder import TcpForwarder
 
 # A model whose images the sandbox renders quickly.
@@ -47,7 +47,7 @@ ADDED_MAX = 0.05  # seconds
 WINDOW = 0.5  # seconds of each median
 RECOVERY_TIMEOUT = 5.0  # seconds until a working server is used again
 # What the first probes write.
-PROCESSES, CONTENT = "falproxy:probe:processes", "falproxy:probe:content"
+CONTENT = "falproxy:probe:content"
 
 
 def body(prompt: str) -> dict[str, object]:

@@ -17,6 +17,8 @@ import pytest
 from tests.support.ports import free_port
 
 START_SECONDS = 10.0
+# Key of the proxy: when each process last had nothing that Redis does not have.
+PROCESSES = "falproxy:probe:processes"
 
 
 def program() -> str:

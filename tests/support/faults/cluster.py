@@ -20,7 +20,7 @@ from tests.support.faults.counting_fal import CountingFal
 from tests.support.key_search import CANARY
 from tests.support.postgres_server import PostgresServer, postgres_server
 from tests.support.proxy_node import ProxyNode
-from tests.support.redis_server import RedisServer, redis_server
+from tests.support.redis_server import PROCESSES, RedisServer, redis_server
 from tests.support.tcp_forwarder import TcpForwarder
 
 NODES, WORKERS = 3, 2
@@ -29,7 +29,6 @@ BUCKET = "fal_images"
 DISK_SIZE = "256m"  # of the file system with the data of all nodes
 DRAIN, STOP_DELAY = "8", "1"
 SYNC_TIMEOUT = 60.0  # seconds
-REPORTS = "falproxy:probe:processes"  # when each process last had nothing that Redis does not have
 
 
 def access_key(caller: str) -> str:
@@ -75,7 +74,7 @@ class Cluster:
         began = time.time()
         with Redis(port=self.redis[0].port) as client:
             async with asyncio.timeout(SYNC_TIMEOUT):
-                while client.zcount(REPORTS, began, "+inf") < self._count_workers():
+                while client.zcount(PROCESSES, began, "+inf") < self._count_workers():
                     await asyncio.sleep(0.05)
 
     def _count_workers(self) -> int:
